@@ -1,0 +1,168 @@
+"""Which axes of a kernel are stacked, contracted and produced, and the low-rank pair that follows from it.
+
+A layout is a string with one letter an axis: `s` stack, `i` in (contracted), `o` out (produced), and `v` for the
+rows of a table that is looked up, which count as in. Dense is "io", a query kernel (d, heads, k) "ioo", a 2-D
+convolution "iiio", a Dense stacked by scan "sio", an embedding table "vo", a torch-style kernel "oi".
+
+Two forms of the pair exist. *Ordered*, for kernels in the order stack, in, out: a is (*stack, *in, rank) and b is
+(*stack, rank, *out). *Aligned*, for all others: a and b keep the kernel's axes, with 1 where an axis does not
+apply, and rank last. The transform works on the aligned form only; `align` turns the first into the second.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Shape = tuple[int, ...]
+Layout = str
+
+ORDERED = re.compile(r"s*[iv]+o+")
+AFFIXES = A, B, SCALING = ("_lora_a", "_lora_b", "_lora_scaling")
+
+
+def valid(layout: Layout, shape: Shape) -> bool:
+    """Whether a layout fits a shape: a letter an axis, something in and something out."""
+    return (
+        len(layout) == len(shape)
+        and not set(layout) - set("siov")
+        and "o" in layout
+        and bool(set(layout) & set("iv"))
+    )
+
+
+def known(path: str, shape: Shape, siblings: Mapping[str, Shape]) -> Layout | None:
+    """The layout of a kernel that needs no look at the function: two axes, or Flax's own attention.
+
+    Flax's attention is recognised by its four projections and by their shapes fitting each other, so a stacked
+    Dense called `out` is not taken for one.
+
+    Args:
+      path: the kernel's slash path.
+      shape: the kernel's shape.
+      siblings: shapes by path, of the whole tree.
+    """
+    if len(shape) == 2:
+        return "vo" if path.rsplit("/", 1)[-1] == "embedding" else "io"
+    module, _, leaf = path.rpartition("/")
+    parent, _, name = module.rpartition("/")
+    four = {
+        n: siblings.get(f"{parent}/{n}/{leaf}" if parent else f"{n}/{leaf}")
+        for n in ("query", "key", "value", "out")
+    }
+    if len(shape) != 3 or name not in four or not all(s is not None and len(s) == 3 for s in four.values()):
+        return None
+    heads = {s[:2] if n == "out" else s[1:] for n, s in four.items() if s}
+    if len(heads) != 1:
+        return None
+    return "iio" if name == "out" else "ioo"
+
+
+def pair_shapes(shape: Shape, layout: Layout, rank: int) -> tuple[Shape, Shape, Shape]:
+    """Shapes of a, b and scaling for a kernel."""
+    axes_a, axes_b, axes_scaling = pair_axes(layout)
+    if ORDERED.fullmatch(layout):
+        sizes = (*shape, rank)
+        return tuple(
+            tuple(sizes[-1 if n is None else n] for n in axes) for axes in (axes_a, axes_b, axes_scaling)
+        )  # type: ignore[return-value]
+    a = (*(1 if letter == "o" else n for n, letter in zip(shape, layout, strict=True)), rank)
+    b = (*(1 if letter in "iv" else n for n, letter in zip(shape, layout, strict=True)), rank)
+    return a, b, tuple(shape[axis] for axis in axes_scaling if axis is not None)
+
+
+def pair_axes(layout: Layout) -> tuple[tuple[int | None, ...], ...]:
+    """For every axis of a, b and scaling the kernel's axis it stands for; None is the rank or an axis of size 1."""
+    stack, inner, outer = (
+        tuple(n for n, letter in enumerate(layout) if letter in kind) for kind in ("s", "iv", "o")
+    )
+    if ORDERED.fullmatch(layout):
+        return (*stack, *inner, None), (*stack, None, *outer), stack
+    a = tuple(None if letter == "o" else n for n, letter in enumerate(layout))
+    b = tuple(None if letter in "iv" else n for n, letter in enumerate(layout))
+    return (*a, None), (*b, None), stack
+
+
+def read(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
+    """The layout that the shapes of a kernel and its pair tell, None if they do not fit each other."""
+    if len(a) == len(b) == len(shape) + 1:
+        layout = _read_aligned(shape, a, b, len(scaling))
+    else:
+        stack = len(a) + len(b) - 2 - len(shape)
+        inner = len(a) - 1 - stack
+        layout = "s" * stack + "i" * inner + "o" * (len(shape) - stack - inner)
+        if stack < 0 or not valid(layout, shape):
+            return None
+    rank = a[-1]
+    return layout if layout and pair_shapes(shape, layout, rank) == (a, b, scaling) else None
+
+
+def _read_aligned(shape: Shape, a: Shape, b: Shape, stack: int) -> Layout | None:
+    letters: list[str] = []
+    for n, in_a, in_b in zip(shape, a, b, strict=False):
+        letters.append("1" if n == 1 else "s" if in_a == in_b == n else "i" if in_a == n else "o")
+    # An axis of size 1 looks the same in every role; how many of them are stacked shows in the scaling.
+    missing = stack - letters.count("s")
+    for axis, letter in enumerate(letters):
+        if letter == "1":
+            letters[axis] = "s" if missing > 0 else "i" if "i" not in letters else "o"
+            missing -= letters[axis] == "s"
+    return "".join(letters) if missing == 0 else None
+
+
+def fans(shape: Shape, layout: Layout) -> tuple[int, int]:
+    """Products of the in axes and of the out axes: the sides of the matrix that the rank must not exceed."""
+    inner, outer = ("iv", "o")
+    return tuple(
+        math.prod(n for n, letter in zip(shape, layout, strict=True) if letter in kind)
+        for kind in (inner, outer)
+    )  # type: ignore[return-value]
+
+
+def align(
+    a: Float[Array, "..."], b: Float[Array, "..."], scaling: Float[Array, "..."], layout: Layout
+) -> tuple[Float[Array, "*axes rank"], Float[Array, "*axes rank"]]:
+    """The pair in aligned form, the scaling folded into b: the kernel's delta is sum over rank of a * b, broadcast."""
+    if ORDERED.fullmatch(layout):
+        stack, inner, outer = (sum(letter in kind for letter in layout) for kind in ("s", "iv", "o"))
+        a = jnp.expand_dims(a, range(stack + inner, stack + inner + outer))
+        b = jnp.moveaxis(jnp.expand_dims(b, range(stack, stack + inner)), stack + inner, -1)
+    scaling = jnp.expand_dims(scaling, [n for n, letter in enumerate((*layout, "rank")) if letter != "s"])
+    return a, b * scaling.astype(b.dtype)
+
+
+def contract(
+    operands: Sequence[tuple[Float[Array, "..."], Sequence[int]]],
+    out: Sequence[int],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    dtype: Any = None,
+) -> Float[Array, "..."]:
+    """Einstein summation over integer labels; `dtype` is the result's, and accumulated in."""
+    flat = [part for array, labels in operands for part in (array, list(labels))]
+    return jnp.einsum(*flat, list(out), precision=precision, preferred_element_type=dtype)
+
+
+def product(a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]) -> Float[Array, "*axes"]:
+    """The sum over rank of an aligned pair, a matmul wherever it can be one."""
+    axes = range(a.ndim - 1)
+    labels = [[n for n in axes if f.shape[n] > 1] for f in (a, b)]
+    parts = [
+        (f.reshape([*(f.shape[n] for n in ns), f.shape[-1]]), [*ns, a.ndim])
+        for f, ns in zip((a, b), labels, strict=True)
+    ]
+    wide = [n for n in axes if n in labels[0] or n in labels[1]]
+    full = contract(parts, wide, precision=jax.lax.Precision.HIGHEST)
+    return full.reshape(jnp.broadcast_shapes(a.shape[:-1], b.shape[:-1]))
+
+
+def merge_kernel(
+    kernel: Float[Array, "*axes"], a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]
+) -> Float[Array, "*axes"]:
+    """W plus an aligned pair's product, in W's dtype."""
+    wide = jnp.promote_types(kernel.dtype, a.dtype)
+    return (kernel.astype(wide) + product(a.astype(wide), b.astype(wide))).astype(kernel.dtype)

@@ -1,0 +1,527 @@
+"""The wrapped tree: adapters put beside kernels, taken away, folded in, split off and put back."""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from jlora.core import layouts
+from jlora.core.errors import complain, count, nearest
+from jlora.core.layouts import AFFIXES, SCALING, A, B, Layout
+from jlora.core.paths import (
+    Path,
+    Tree,
+    box,
+    edit,
+    flatten,
+    join_path,
+    map_with_path,
+    partition,
+    rebuild,
+    unbox,
+    union,
+)
+from jlora.core.targets import Pattern, Rule, Targets, is_kernel, matcher, resolve, select
+
+Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Float[Array, "fan_in rank"]]
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): the init of the paper's code, there as kaiming_uniform(a=sqrt(5)).
+uniform: Initializer = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def wrap(
+    params: Tree,
+    rank: int = 8,
+    *,
+    alpha: float | None = None,
+    targets: Targets | None = None,
+    layout: Mapping[str, Layout] | None = None,
+    key: Key[Array, ""] | None = None,
+    rslora: bool = False,
+    init: Initializer = uniform,
+) -> Tree:
+    """Puts the leaves of a low-rank adapter beside each target kernel. B is zero, so nothing changes yet.
+
+    ::
+
+        {"dense": {"kernel": f32[784,128], "bias": f32[128]}}
+
+        {"dense": {"kernel": f32[784,128],
+                   "kernel_lora_a": f32[784,8],
+                   "kernel_lora_b": f32[8,128],
+                   "kernel_lora_scaling": f32[],
+                   "bias": f32[128]}}
+
+    Args:
+      params: nested mappings of arrays, concrete or abstract (`jax.eval_shape`).
+      rank: columns of A and rows of B, from 1 to the smaller of a kernel's in and out sizes.
+      alpha: the update is scaled by alpha / rank. None means alpha = rank, that is a scaling of 1.
+      targets: a string is a regular expression that must match a whole slash path; a list holds names of modules or
+        leaves, as in PEFT's target_modules; a dict maps either (a list as a tuple) to a rank or a `Rule`, and the
+        first match wins. None means every leaf named `kernel`, or with `layout` every leaf in it that a matmul or a
+        convolution contracts.
+      layout: what `infer_layout` gave, or layouts of your own by slash path or regular expression: one letter an
+        axis, `s` stack, `i` in, `o` out, `v` the rows of a table looked up.
+      key: seeds A; a kernel's draw depends on the key and its path alone. None means `jax.random.key(0)`.
+      rslora: scale by alpha / sqrt(rank) instead.
+      init: draws A as a (fan_in, rank) matrix for each stacked kernel, with the arguments of
+        `jax.nn.initializers`: key, shape, dtype.
+
+    Returns:
+      The tree with the new leaves; containers and boxes keep their kinds. Leaves of a float16 or bfloat16 kernel's
+      adapter are float32, else they have the kernel's dtype.
+
+    Raises:
+      ValueError: an empty tree, one already wrapped, a target that matches nothing, a kernel whose layout can't be
+        told, integer kernels, a rank or alpha out of range.
+
+    Source:
+      Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    """
+    leaves = flatten(params)
+    _check_unwrapped("wrap", leaves)
+    if not leaves:
+        raise ValueError(complain("wrap", "the tree has no arrays.", [], "pass the model's parameters."))
+    told = _layouts(leaves, layout or {})
+    chosen = _choose(leaves, targets, layout, told)
+    rules = {path: _complete(rule, rank, alpha) for path, rule in chosen.items()}
+    _check_kernels(leaves, rules, told)
+    key = jax.random.key(0) if key is None else key
+
+    def pair(path: Path, kernel: Any) -> tuple[Any, Any, Any]:
+        rule = rules[path]
+        scale = rule.alpha / (math.sqrt(rule.rank) if rslora else rule.rank)
+        make = lambda: _new_pair(
+            kernel.shape, kernel.dtype, told[path], rule.rank, scale, _key_of(key, path), init
+        )
+        return jax.eval_shape(make) if isinstance(kernel, jax.ShapeDtypeStruct) else make()
+
+    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+        out: dict[Any, Any] = {}
+        for name, node in nodes.items():
+            out[name] = node
+            where = join_path(path, name)
+            if where in rules:
+                axes = layouts.pair_axes(told[where])
+                for affix, value, ax in zip(AFFIXES, pair(where, unbox(node)), axes, strict=True):
+                    out[f"{name}{affix}"] = box(node, value, ax)
+        return out
+
+    return edit(params, change)
+
+
+def _key_of(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def _new_pair(
+    shape: tuple[int, ...],
+    dtype: Any,
+    layout: Layout,
+    rank: int,
+    scale: float,
+    key: Key[Array, ""],
+    init: Initializer,
+) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "*stack"]]:
+    dtype = jnp.promote_types(dtype, jnp.float32)
+    shape_a, shape_b, shape_scaling = layouts.pair_shapes(shape, layout, rank)
+    fan_in, _ = layouts.fans(shape, layout)
+    keys = jax.random.split(key, shape_scaling)
+    draw = lambda key: init(key, (fan_in, rank), dtype)
+    for _ in shape_scaling:
+        draw = jax.vmap(draw)
+    drawn = draw(keys)
+    # Aligned pairs may have stack and in axes interleaved: lay the draw out as (*stack, *in), then put axes in place.
+    order = [n for kind in ("s", "iv") for n, letter in enumerate(layout) if letter in kind]
+    drawn = drawn.reshape([*(shape[n] for n in order), rank])
+    a = jnp.transpose(drawn, [*(order.index(n) for n in sorted(order)), len(order)]).reshape(shape_a)
+    return a, jnp.zeros(shape_b, dtype), jnp.full(shape_scaling, scale, dtype)
+
+
+def _layouts(leaves: Mapping[Path, Any], told: Mapping[str, Layout]) -> dict[Path, Layout]:
+    """A layout for every leaf that has one: told by path or pattern, else known by name."""
+    shapes = {path: tuple(value.shape) for path, value in leaves.items()}
+    out: dict[Path, Layout] = {}
+    for path, shape in shapes.items():
+        layout = told.get(path) or next((told[p] for p in told if p not in leaves and matcher(p)(path)), None)
+        layout = layout or layouts.known(path, shape, shapes)
+        if layout:
+            out[path] = layout
+    return out
+
+
+def _choose(
+    leaves: Mapping[Path, Any],
+    targets: Targets | None,
+    layout: Mapping[str, Layout] | None,
+    told: Mapping[Path, Layout],
+) -> dict[Path, Rule]:
+    if targets is not None:
+        return resolve(targets, leaves)
+    if layout is None:
+        chosen = {path: Rule() for path in leaves if path.rsplit("/", 1)[-1] == "kernel"}
+    else:
+        tests = [matcher(pattern) for pattern in layout]
+        named = [path for path in leaves if path in layout or any(test(path) for test in tests)]
+        chosen = {path: Rule() for path in named if "v" not in told[path]}
+    if not chosen:
+        found = [f"{path!r} {tuple(value.shape)}" for path, value in leaves.items() if is_kernel(path, value)]
+        raise ValueError(
+            complain(
+                "wrap",
+                "no leaf is named 'kernel', so nothing was targeted. Leaves that could be:",
+                found,
+                "name them with targets=, or pass layout=jlora.infer_layout(fn, params, *args).",
+            )
+        )
+    return chosen
+
+
+def _complete(rule: Rule, rank: int, alpha: float | None) -> Rule:
+    own = rank if rule.rank is None else rule.rank
+    wide = alpha if rule.alpha is None else rule.alpha
+    return Rule(own, own if wide is None else wide)
+
+
+def _check_kernels(
+    leaves: Mapping[Path, Any], rules: Mapping[Path, Rule], told: Mapping[Path, Layout]
+) -> None:
+    shape = {path: tuple(leaves[path].shape) for path in rules}
+    described = {path: f"{path!r} {leaves[path].dtype}{list(shape[path])}" for path in rules}
+    whole = [described[p] for p in rules if not jnp.issubdtype(leaves[p].dtype, jnp.floating)]
+    if whole:
+        raise ValueError(
+            complain(
+                "wrap",
+                f"{count(len(whole), 'target')} of no floating dtype.",
+                whole,
+                "leave them out with targets=, or dequantise them first.",
+            )
+        )
+    untold = [described[p] for p in rules if p not in told]
+    if untold:
+        raise ValueError(
+            complain(
+                "wrap",
+                f"the layout of {count(len(untold), 'kernel')} can't be told from name and shape.",
+                untold,
+                "pass layout=jlora.infer_layout(fn, params, *args), which looks at how fn contracts them, or "
+                "layout={path: letters}, one letter an axis (s stack, i in, o out), as 'iiio' for a 2-D convolution.",
+            )
+        )
+    misfit = [f"{described[p]}  layout {told[p]!r}" for p in rules if not layouts.valid(told[p], shape[p])]
+    if misfit:
+        raise ValueError(
+            complain(
+                "wrap",
+                f"{count(len(misfit), 'layout')} doesn't fit its kernel.",
+                misfit,
+                "give one letter an axis, s, i, o or v, with at least one in (i or v) and one out (o).",
+            )
+        )
+    _check_ranks(rules, described, {p: min(layouts.fans(shape[p], told[p])) for p in rules})
+
+
+def _check_ranks(rules: Mapping[Path, Rule], described: Mapping[Path, str], most: Mapping[Path, int]) -> None:
+    odd = [described[p] for p, r in rules.items() if not isinstance(r.rank, int) or isinstance(r.rank, bool)]
+    if odd:
+        raise TypeError(complain("wrap", "the rank must be an int.", odd, "pass a whole number from 1."))
+    wrong = [
+        f"{described[p]}  rank {r.rank}, allowed 1 to {most[p]}"
+        for p, r in rules.items()
+        if not 1 <= r.rank <= most[p]
+    ]
+    if wrong:
+        raise ValueError(
+            complain(
+                "wrap",
+                f"the rank is out of range for {count(len(wrong), 'kernel')}.",
+                wrong,
+                "choose a rank from 1 to the smaller of the kernel's in and out sizes, or set it by kernel with "
+                "targets={pattern: rank}.",
+            )
+        )
+    wrong = [f"{described[p]}  alpha {r.alpha}" for p, r in rules.items() if not 0 < r.alpha < math.inf]
+    if wrong:
+        raise ValueError(
+            complain(
+                "wrap", "alpha must be above 0 and finite.", wrong, "pass alpha=rank for a scaling of 1."
+            )
+        )
+
+
+def adapter_leaf(path: Path) -> bool:
+    """Whether a path is a leaf of an adapter: A, B or scaling."""
+    return path.endswith(AFFIXES)
+
+
+def is_wrapped(leaves: Iterable[Path]) -> bool:
+    return any(adapter_leaf(path) for path in leaves)
+
+
+def _check_unwrapped(who: str, leaves: Mapping[Path, Any]) -> None:
+    found = [repr(path) for path in leaves if path.endswith(A)]
+    if found:
+        raise ValueError(
+            complain(
+                who,
+                f"the tree is already wrapped: {count(len(found), 'kernel has an adapter', 'kernels have an adapter')}.",
+                found,
+                "pass jlora.unwrap(params), or fold the adapter in first with jlora.merge(params).",
+            )
+        )
+
+
+def kernels(who: str, params: Tree) -> dict[Path, Layout]:
+    """The wrapped kernels of a tree with their layouts, in the tree's order.
+
+    Raises:
+      ValueError: no adapter in the tree, one whose leaves are not complete, or whose shapes don't fit its kernel.
+    """
+    leaves = flatten(params)
+    if not is_wrapped(leaves):
+        raise ValueError(complain(who, "the tree has no adapter.", [], "wrap it first: jlora.wrap(params)."))
+    stems = {path[: -len(affix)]: None for path in leaves for affix in AFFIXES if path.endswith(affix)}
+    wrong: list[str] = []
+    found: dict[Path, Layout] = {}
+    for stem in (path for path in leaves if path in stems):
+        layout = _layout_of(stem, leaves)
+        if layout:
+            found[stem] = layout
+    for stem in stems:
+        if stem not in found:
+            have = {affix or "kernel": _shape(leaves, stem + affix) for affix in ("", *AFFIXES)}
+            wrong.append(
+                f"{stem!r}  " + ", ".join(f"{name.removeprefix('_')} {shape}" for name, shape in have.items())
+            )
+    if wrong:
+        raise ValueError(
+            complain(
+                who,
+                f"{count(len(wrong), 'adapter')} doesn't fit its kernel.",
+                wrong,
+                "an adapter belongs to the base it was wrapped on: attach it to that one.",
+            )
+        )
+    return found
+
+
+def _shape(leaves: Mapping[Path, Any], path: Path) -> str:
+    return str(list(leaves[path].shape)) if path in leaves else "missing"
+
+
+def _layout_of(stem: Path, leaves: Mapping[Path, Any]) -> Layout | None:
+    shapes = [tuple(leaves[stem + affix].shape) for affix in ("", *AFFIXES) if stem + affix in leaves]
+    return layouts.read(*shapes) if len(shapes) == 4 else None
+
+
+def unwrap(params: Tree) -> Tree:
+    """The tree as it was before `wrap`; kernels are the same arrays.
+
+    Raises:
+      ValueError: the tree has no adapter.
+    """
+    kernels("unwrap", params)
+    return drop_adapters(params)
+
+
+def drop_adapters(params: Tree) -> Tree:
+    """The tree without adapter leaves, whether it has any or not."""
+    return edit(params, lambda _, nodes: {n: node for n, node in nodes.items() if not adapter_leaf(str(n))})
+
+
+def merge(params: Tree) -> Tree:
+    """Folds every adapter into its kernel, W + s AB, and drops it: the tree the model had before, free at inference.
+
+    The sum is taken in the wider of the kernel's and the adapter's dtypes and rounded once, to the kernel's dtype.
+
+    Raises:
+      ValueError: the tree has no adapter, or one that doesn't fit its kernel.
+    """
+    told = kernels("merge", params)
+
+    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+        out = {name: node for name, node in nodes.items() if not adapter_leaf(str(name))}
+        for name, node in out.items():
+            where = join_path(path, name)
+            if where in told:
+                a, b, scaling = (unbox(nodes[f"{name}{affix}"]) for affix in AFFIXES)
+                merged = layouts.merge_kernel(unbox(node), *layouts.align(a, b, scaling, told[where]))
+                out[name] = jax.tree.unflatten(jax.tree.structure(node), [merged])
+        return out
+
+    return edit(params, change)
+
+
+def _trains(who: str, params: Tree, train: Pattern) -> Callable[[Path, Any], bool]:
+    """The test for leaves that train: every A and B, and what `train` names."""
+    paths = [path for path in flatten(params) if not adapter_leaf(path)]
+    full = select(who, train, paths) if train else set()
+    return lambda path, _: path.endswith((A, B)) or path in full
+
+
+def split(params: Tree, train: Pattern = ()) -> tuple[Tree, Tree]:
+    """Splits a wrapped tree into what trains and all the rest, to differentiate the first alone.
+
+    ::
+
+        adapters {"dense": {"kernel_lora_a": ..., "kernel_lora_b": ...}}
+        base     {"dense": {"kernel": ..., "kernel_lora_scaling": ..., "bias": ...}}
+
+    Args:
+      params: a wrapped tree.
+      train: leaves trained in full beside the adapters: a regular expression for whole slash paths, or names of
+        modules or leaves.
+
+    Raises:
+      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+    """
+    kernels("split", params)
+    return partition(params, _trains("split", params, train))
+
+
+def join(adapters: Tree, base: Tree) -> Tree:
+    """Glues the two halves of a `split` together again.
+
+    Raises:
+      ValueError: a leaf stands on both sides.
+    """
+    return union(adapters, base)
+
+
+def extract(params: Tree) -> Tree:
+    """All leaves of the adapters, scaling included: what a file holds, and what is swapped over one base.
+
+    Raises:
+      ValueError: the tree has no adapter.
+    """
+    kernels("extract", params)
+    return partition(params, lambda path, _: adapter_leaf(path))[0]
+
+
+def attach(adapter: Tree, base_params: Tree) -> Tree:
+    """Puts an extracted adapter on a base.
+
+    Raises:
+      ValueError: the base already has an adapter, or lacks a kernel that the adapter was made for, or has it in
+        another shape; all such kernels are listed.
+    """
+    base = flatten(base_params)
+    _check_unwrapped("attach", base)
+    stems = {path[: -len(A)] for path in flatten(adapter) if path.endswith(A)}
+    lost = [f"{stem!r}  nearest: {nearest(stem, base, 1)}" for stem in sorted(stems - set(base))]
+    if lost:
+        raise ValueError(
+            complain(
+                "attach",
+                f"the base lacks {count(len(lost), 'kernel')} that the adapter is for.",
+                lost,
+                "attach the adapter to the base it was made on.",
+            )
+        )
+    params = union(adapter, base_params)
+    kernels("attach", params)
+    return params
+
+
+def mask(params: Tree, train: Pattern = ()) -> Tree:
+    """A tree of bool for optax: True for leaves that train, which are every A and B and what `train` names.
+
+    Raises:
+      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+    """
+    kernels("mask", params)
+    return map_with_path(_trains("mask", params, train), params)
+
+
+class Row(NamedTuple):
+    """One kernel with an adapter, or one leaf trained in full (rank and scaling None).
+
+    Attributes:
+      path: slash path of the kernel or leaf.
+      shape: its shape.
+      rank: columns of A.
+      scaling: alpha / rank, the first one of a stack; None where the tree is abstract.
+      trainable: parameters trained for it.
+      total: parameters it has itself.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    rank: int | None
+    scaling: float | None
+    trainable: int
+    total: int
+
+
+class Summary(NamedTuple):
+    """What trains in a wrapped tree; `str()` is a table.
+
+    Attributes:
+      rows: one for every kernel with an adapter and every leaf trained in full.
+      trainable: parameters trained.
+      total: parameters of the base, without adapters.
+    """
+
+    rows: tuple[Row, ...]
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Trainable parameters in percent of the base's."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        cells = [("path", "shape", "rank", "scaling", "parameters", "trained")]
+        for row in self.rows:
+            rank, scaling = (
+                "full" if row.rank is None else str(row.rank),
+                "" if row.scaling is None else f"{row.scaling:g}",
+            )
+            share = f"{100 * row.trainable / row.total:.2f} %"
+            cells.append(
+                (row.path, " x ".join(map(str, row.shape)), rank, scaling, f"{row.trainable:,}", share)
+            )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(
+                text.ljust(w) if n < 2 else text.rjust(w)
+                for n, (text, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in cells
+        ]
+        last = f"trainable {self.trainable:,} / total {self.total:,} ({self.percent:.2f} %)"
+        return "\n".join([*(line.rstrip() for line in lines), last])
+
+
+def summary(params: Tree, train: Pattern = ()) -> Summary:
+    """Counts what trains: path, shape, rank, scaling, parameters, and their share of the kernel's own.
+
+    Raises:
+      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+    """
+    told = kernels("summary", params)
+    leaves = flatten(params)
+    chosen = _trains("summary", params, train)
+    rows = [
+        _row(path, leaves, path in told)
+        for path in leaves
+        if path in told or (chosen(path, None) and not adapter_leaf(path))
+    ]
+    total = sum(math.prod(value.shape) for path, value in leaves.items() if not adapter_leaf(path))
+    return Summary(tuple(rows), sum(row.trainable for row in rows), total)
+
+
+def _row(path: Path, leaves: Mapping[Path, Any], adapted: bool) -> Row:
+    shape = tuple(leaves[path].shape)
+    size = math.prod(shape)
+    if not adapted:
+        return Row(path, shape, None, None, size, size)
+    a, b, scaling = (leaves[path + affix] for affix in AFFIXES)
+    known = None if isinstance(scaling, jax.ShapeDtypeStruct) else float(jnp.ravel(scaling)[0])
+    return Row(path, shape, a.shape[-1], known, math.prod(a.shape) + math.prod(b.shape), size)

@@ -1,0 +1,308 @@
+"""What a training job can be told: one frozen dataclass for every section of its TOML file.
+
+The same classes make the file's keys, the command line's flags, the defaults and `--help`, so an option is
+declared once. `parse` is the only check there is; values from the command line pass through it too.
+"""
+
+import json
+import math
+import os
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jlora.core.errors import complain, count, nearest
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers a value may be; `above` leaves the lower end out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (value > self.low if self.above else value >= self.low) and value <= self.high
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"from {self.low:g}"
+        return low if self.high == math.inf else f"{low} to {self.high:g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base model.
+
+    Attributes:
+        name: a folder in Hugging Face form, or a name on the hub
+        pooling: what the classifier reads; auto takes what the checkpoint says
+    """
+
+    name: str
+    pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Questions and their entries, as JSON lines {"text": ..., "label": ...}.
+
+    Attributes:
+        train: questions to train on; their labels are the entries there are
+        validation: questions that choose the best epoch
+        test: questions asked once before training and once after
+        answers: what each entry says, as JSON lines {"label": ..., "answer": ...}
+        max_length: tokens of a question that are read, the rest is cut off
+        questions: asked when all is done
+    """
+
+    train: Path
+    validation: Path
+    test: Path
+    answers: Path | None = None
+    max_length: Annotated[int, Range(3)] = 128
+    questions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The low-rank adapter.
+
+    Attributes:
+        rank: columns of A and rows of B
+        alpha: numerator of the scaling alpha / rank; left out, it is the rank
+        targets: regular expression for the paths of kernels; left out, all but the classifier
+        dropout: share of an adapter's input that is dropped while training
+        rslora: scale by alpha / sqrt(rank) instead
+    """
+
+    rank: Annotated[int, Range(1)] = 8
+    alpha: Annotated[float, Range(0, above=True)] | None = None
+    targets: str | None = None
+    dropout: Annotated[float, Range(0, 0.9)] = 0.0
+    rslora: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """AdamW and its schedule.
+
+    Attributes:
+        learning_rate: peak rate, that of every A
+        b_ratio: rate of every B over that of A (LoRA+)
+        head_ratio: rate of the classifier over that of A
+        schedule: how the rate goes on after the warm-up
+        warmup: share of all steps in which the rate rises from 0
+        epochs: passes over the training questions
+        batch_size: questions to a step
+        weight_decay: AdamW's decoupled decay
+        clip: largest global norm of the gradient; left out, it is never clipped
+        seed: fixes the new head, the adapter, the order of the questions, and dropout
+    """
+
+    learning_rate: Annotated[float, Range(0, above=True)] = 1e-3
+    b_ratio: Annotated[float, Range(0, above=True)] = 1.0
+    head_ratio: Annotated[float, Range(0, above=True)] = 1.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: Annotated[float, Range(0, 1)] = 0.1
+    epochs: Annotated[int, Range(1)] = 5
+    batch_size: Annotated[int, Range(1)] = 32
+    weight_decay: Annotated[float, Range(0)] = 0.0
+    clip: Annotated[float, Range(0, above=True)] | None = None
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What is left behind.
+
+    Attributes:
+        folder: where the run is written
+        overwrite: replace a run that is already there
+        log_every: steps to a line of metrics
+    """
+
+    folder: Path
+    overwrite: bool = False
+    log_every: Annotated[int, Range(1)] = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole training job."""
+
+    model: Model
+    data: Data
+    output: Output
+    adapter: Adapter = field(default_factory=Adapter)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+
+
+def read(path: Path) -> Config:
+    """Reads a job from a TOML file; its paths are relative to the file.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is no TOML, or entries of it are unknown, missing or wrong: all of them are listed.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            complain("config", f"{path} does not exist.", [], "pass the path of a TOML file.")
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            complain("config", f"{path} is no TOML.", [str(error)], "correct that line.")
+        ) from None
+    return parse(values, source=str(path), folder=path.parent)
+
+
+def parse(values: Mapping[str, Any], *, source: str, folder: Path) -> Config:
+    """Builds a job from the values of a TOML file.
+
+    Args:
+        values: a dict of sections.
+        source: where they stand, for the error.
+        folder: what paths are relative to.
+
+    Raises:
+        ValueError: entries are unknown, missing or wrong: all of them are listed.
+    """
+    wrong: list[str] = []
+    config = _section(Config, values, "", folder.absolute(), wrong)
+    if wrong:
+        problem = f"{count(len(wrong), 'entry', 'entries')} of {source} can't be used."
+        fix = "correct them; `jlora train --help` lists every key."
+        raise ValueError(complain("config", problem, wrong, fix))
+    return config
+
+
+def check(config: Config) -> Config:
+    """The same job with its paths made absolute, its values checked wherever they came from.
+
+    Raises:
+        ValueError: values are out of range: all of them are listed.
+    """
+    return parse(_plain(config), source="the command line", folder=Path.cwd())
+
+
+def with_model(config: Config, name: str) -> Config:
+    """The same job on a base model from elsewhere."""
+    return check(replace(config, model=replace(config.model, name=name)))
+
+
+def to_toml(config: Config) -> str:
+    """A job as the text of a TOML file that `read` gives back."""
+    lines: list[str] = []
+    for name, section in _plain(config).items():
+        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in section.items()), ""]
+    return "\n".join(lines)
+
+
+def _section(kind: type, values: Any, where: str, folder: Path, wrong: list[str]) -> Any:
+    """One dataclass from a dict; what is wrong with it is added to `wrong`."""
+    if not isinstance(values, Mapping):
+        wrong.append(f"{where} = {values!r}  expected: a section [{where}]")
+        return None
+    hints = get_type_hints(kind, include_extras=True)
+    known = {item.name: item for item in fields(kind)}
+    prefix = f"{where}." if where else ""
+    for key in values:
+        if key not in known:
+            wrong.append(f"{prefix}{key} is unknown  nearest: {prefix}{nearest(key, known, 1)[0]}")
+    arguments = {}
+    for name, item in known.items():
+        if name in values or is_dataclass(hints[name]):
+            arguments[name] = _entry(hints[name], values.get(name, {}), prefix + name, folder, wrong)
+        elif _required(item):
+            wrong.append(f"{prefix}{name} is missing  expected: {_expected(hints[name])}")
+    return None if wrong else kind(**arguments)
+
+
+def _required(item: Field) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _entry(hint: Any, value: Any, where: str, folder: Path, wrong: list[str]) -> Any:
+    if is_dataclass(hint):
+        return _section(hint, value, where, folder, wrong)  # type: ignore[arg-type]
+    if not _fits(hint, value):
+        wrong.append(f"{where} = {value!r}  expected: {_expected(hint)}")
+        return None
+    kinds = _kinds(hint)
+    if where == "model.name":
+        return _model_name(value, folder)
+    if Path in kinds:
+        return Path(os.path.normpath(folder / Path(value).expanduser()))
+    return tuple(value) if isinstance(value, list) else float(value) if float in kinds else value
+
+
+def _model_name(name: str, folder: Path) -> str:
+    """A folder's absolute path, or a name on the hub as it is."""
+    local = folder / Path(name).expanduser()
+    return os.path.normpath(local) if local.is_dir() or name.startswith((".", "~")) else name
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """What may stand there: the members of a union without None, without their ranges."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    bare = (get_args(m)[0] if get_origin(m) is Annotated else m for m in members)
+    return tuple(kind for kind in bare if kind is not types.NoneType)
+
+
+def _ranges(hint: Any) -> list[Range]:
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [extra for m in members if get_origin(m) is Annotated for extra in m.__metadata__]
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    tests = {
+        str: lambda: isinstance(value, str) and value.strip() != "",
+        Path: lambda: isinstance(value, str) and value.strip() != "",
+        bool: lambda: isinstance(value, bool),
+        int: lambda: isinstance(value, int) and not isinstance(value, bool),
+        float: lambda: number and math.isfinite(value),
+        tuple[str, ...]: lambda: (
+            isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
+        ),
+    }
+    (kind,) = _kinds(hint)
+    fits = value in get_args(kind) if get_origin(kind) is Literal else tests[kind]()
+    return fits and all(value in limits for limits in _ranges(hint))
+
+
+def _expected(hint: Any) -> str:
+    (kind,) = _kinds(hint)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
+    words = {
+        str: "a string",
+        Path: "a path",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        tuple[str, ...]: "a list of strings",
+    }
+    return " ".join([words[kind], *map(str, _ranges(hint))])
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A dataclass as TOML's own kinds; what is None is left out."""
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    return {name: _plain_value(value) for name, value in values.items() if value is not None}
+
+
+def _plain_value(value: Any) -> Any:
+    if is_dataclass(value):
+        return _plain(value)
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+def _toml(value: Any) -> str:
+    # JSON's strings, numbers, booleans and lists are TOML's, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,287 @@
+"""Adapter checkpoints: the arrays by Orbax, and beside them one small file that says what they belong to.
+
+::
+
+    folder/adapter.json       format, targets with rank and alpha, digests, base fingerprint, library versions
+    folder/arrays-<unique>/   Orbax: all _lora_ leaves, and the leaves trained in full
+
+A save writes a new folder of arrays, then renames a new adapter.json over the old one, then removes the old
+arrays. Whenever it is killed, adapter.json names arrays that are complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Mapping
+from importlib import metadata as packages
+from pathlib import Path as File
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora.core import layouts
+from jlora.core.errors import complain, count
+from jlora.core.layouts import AFFIXES, A
+from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, unbox
+from jlora.core.targets import Pattern
+from jlora.core.tree import adapter_leaf, is_wrapped, kernels, split
+
+FORMAT, VERSION = "jlora-adapter", 1
+METADATA = "adapter.json"
+LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+SAMPLES = 64  # values hashed of each base leaf
+SHOWN = 20  # differing leaves an error lists
+
+
+def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern = ()) -> None:
+    """Saves the adapters of a wrapped tree, and the leaves trained in full.
+
+    Overwrites what an earlier save put into `folder`, and leaves other files there alone. Killed at any
+    moment, the last complete save can still be restored. One process at a time may save into a folder.
+
+    Args:
+      folder: made if it isn't there.
+      params: a wrapped tree.
+      train: leaves trained in full beside the adapters, as in `split`.
+
+    Raises:
+      ValueError: the tree has no adapter, a name in `train` matches nothing, or `folder` can't be written to.
+    """
+    targets = kernels("save_adapter", params)
+    leaves = flatten(params)
+    adapters, _ = split(params, train)
+    full = [path for path in flatten(adapters) if not adapter_leaf(path)]
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items() if adapter_leaf(path) or path in full}
+    base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
+    target = _writable(File(folder).absolute())
+    name = f"arrays-{uuid.uuid4().hex}"
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "arrays": name,
+        "targets": {path: _target(path, arrays) for path in targets},
+        "train": full,
+        "leaves": {path: _described(array) | {"sha256": _digest(array)} for path, array in arrays.items()},
+        "base": _fingerprint(base, full),
+        "libraries": {library: _version(library) for library in LIBRARIES},
+    }
+    with _checkpointer() as checkpointer:
+        checkpointer.save(target / name, _nest(arrays))
+    _sync(target / name)
+    _replace(target / METADATA, json.dumps(metadata | {"sha256": _seal(metadata)}, indent=1))
+    for old in target.glob("arrays-*"):
+        if old.name != name:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
+    """Puts a saved adapter, and the leaves trained in full with it, on the base it was trained on.
+
+    Args:
+      folder: what `save_adapter` wrote.
+      base_params: the tree as it was before `wrap`; of leaves trained in full only shape and dtype must fit.
+
+    Returns:
+      The wrapped tree as it was saved; training goes on from it as if it had never stopped. Containers and
+      boxes are the base's, and each restored leaf is sharded as its kernel is.
+
+    Raises:
+      ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that
+        is already wrapped or not the one the adapter was trained on, with the leaves that differ.
+    """
+    base = flatten(base_params)
+    if is_wrapped(base):
+        raise _refuse(
+            "base_params is already wrapped.", "pass the tree before wrap, or jlora.unwrap(params)."
+        )
+    source = File(folder).absolute()
+    metadata = _read_metadata(source)
+    _check_base(base, metadata)
+    arrays = _read_arrays(source, metadata)
+
+    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+        out: dict[Any, Any] = {}
+        for name, node in nodes.items():
+            where, kernel = join_path(path, name), unbox(node)
+            out[name] = node
+            if where in arrays:
+                placed = _place(arrays[where], kernel, tuple(range(kernel.ndim)))
+                out[name] = jax.tree.unflatten(jax.tree.structure(node), [placed])
+            if where in metadata["targets"]:
+                trio = [arrays[where + affix] for affix in AFFIXES]
+                layout = layouts.read(kernel.shape, *(leaf.shape for leaf in trio))
+                assert layout is not None, "digests hold, so the shapes fit as they did when saved"
+                for affix, leaf, axes in zip(AFFIXES, trio, layouts.pair_axes(layout), strict=True):
+                    out[f"{name}{affix}"] = box(node, _place(leaf, kernel, axes), axes)
+        return out
+
+    return edit(base_params, change)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+
+
+def _target(stem: Path, arrays: Mapping[Path, np.ndarray]) -> dict[str, Any]:
+    rank = arrays[stem + A].shape[-1]
+    scaling = arrays[stem + layouts.SCALING].astype(np.float64)
+    return {"rank": rank, "alpha": (scaling * rank).tolist(), "scaling": scaling.tolist()}
+
+
+def _described(leaf: Any) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _digest(array: np.ndarray) -> str:
+    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+
+
+def _fingerprint(base: Mapping[Path, Any], full: list[Path]) -> dict[Path, dict[str, Any]]:
+    """Shape, dtype and a digest of sampled values of every leaf; no values where training replaces them."""
+    values = {path: None if path in full else _sample(leaf) for path, leaf in base.items()}
+    return {path: _described(leaf) | {"values": values[path]} for path, leaf in base.items()}
+
+
+def _sample(leaf: Any) -> str | None:
+    """A digest of values spread evenly over a leaf; None for scalars and PRNG keys, which may move on."""
+    if leaf.ndim == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return None
+    positions = np.linspace(0, max(leaf.size - 1, 0), min(leaf.size, SAMPLES)).astype(np.int64)
+    return _digest(np.asarray(leaf[np.unravel_index(positions, leaf.shape)]))
+
+
+def _version(library: str) -> str | None:
+    try:
+        return packages.version(library)
+    except packages.PackageNotFoundError:  # run from a source tree
+        return None
+
+
+def _seal(metadata: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _writable(folder: File) -> File:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = f"can't write to the folder '{folder}': {error.strerror}."
+        raise ValueError(complain("save_adapter", problem, [], "pass a folder you may write to.")) from error
+    return folder
+
+
+def _sync(folder: File) -> None:
+    """Waits until everything under a folder is on the disk, so that the rename after it can't come first."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _replace(file: File, text: str) -> None:
+    new = file.with_suffix(".tmp")
+    with new.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(new, file)
+    _sync(file.parent)
+
+
+def _refuse(problem: str, fix: str, offenders: Iterable[str] = ()) -> ValueError:
+    return ValueError(complain("restore_adapter", problem, offenders, fix))
+
+
+def _read_metadata(folder: File) -> dict[str, Any]:
+    file = folder / METADATA
+    if not file.is_file():
+        raise _refuse(f"'{folder}' holds no {METADATA}.", "pass the folder given to jlora.save_adapter.")
+    again = "restore the file, or save the adapter again."
+    try:
+        metadata = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise _refuse(f"'{file}' is damaged: {error}.", again) from error
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise _refuse(f"'{file}' is not of the format {FORMAT!r}.", again)
+    version = metadata.get("version")
+    if version != VERSION:
+        problem = f"'{file}' has format version {version}; this jlora reads version {VERSION}."
+        raise _refuse(problem, "upgrade jlora, or save the adapter again.")
+    if metadata.pop("sha256", None) != _seal(metadata):
+        raise _refuse(f"'{file}' was changed after it was written.", again)
+    return metadata
+
+
+def _check_base(base: Mapping[Path, Any], metadata: Mapping[str, Any]) -> None:
+    saved, found = metadata["base"], _fingerprint(base, metadata["train"])
+    wrong = [
+        f"{path!r}  {difference}"
+        for path in {**saved, **found}
+        if (difference := _difference(saved.get(path), found.get(path)))
+    ]
+    if wrong:
+        differ = count(len(wrong), "leaf differs", "leaves differ")
+        more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
+        problem = f"this is not the base the adapter was trained on: {differ}."
+        fix = "pass the base the adapter was trained on, with the same weights and dtype."
+        raise _refuse(problem, fix, wrong[:SHOWN] + more)
+
+
+def _difference(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> str | None:
+    if saved is None or found is None:
+        return "only in this base" if saved is None else "missing in this base"
+    changed = [part for part in ("shape", "dtype") if found[part] != saved[part]]
+    parts = [f"{part} {found[part]}, was {saved[part]}" for part in changed]
+    if not parts and found["values"] != saved["values"]:
+        parts = ["other values"]
+    return "; ".join(parts) or None
+
+
+def _read_arrays(folder: File, metadata: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+    leaves = metadata["leaves"]
+    again = "restore the files, or save the adapter again."
+    try:
+        # As numpy: the sharding is the base's, whatever it was when saved.
+        wanted = _nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
+        with _checkpointer() as checkpointer:
+            arrays = flatten(checkpointer.restore(folder / metadata["arrays"], restore_args=wanted))
+        wrong = [repr(path) for path, leaf in leaves.items() if _digest(arrays[path]) != leaf["sha256"]]
+    except Exception as error:  # whatever Orbax and its storage make of a damaged file
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refuse(f"the arrays in '{folder}' are damaged or incomplete: {text}", again) from error
+    if wrong:
+        raise _refuse(f"{count(len(wrong), 'array')} in '{folder}' changed after saving.", again, wrong)
+    return arrays
+
+
+def _place(leaf: np.ndarray, kernel: Any, axes: tuple[int | None, ...]) -> jax.Array:
+    """Puts a leaf where its kernel is; `axes` are the kernel's axes that the leaf's stand for."""
+    if not getattr(kernel, "committed", False):
+        return jnp.asarray(leaf)
+    sharding = kernel.sharding
+    if isinstance(sharding, NamedSharding):
+        names = (*sharding.spec, *(None for _ in range(kernel.ndim)))
+        spec = PartitionSpec(*(None if axis is None else names[axis] for axis in axes))
+        sharding = NamedSharding(sharding.mesh, spec)
+    return jax.device_put(leaf, sharding)
