@@ -20,7 +20,7 @@ from flax import core, nnx
 
 from jlora.core.adapt import adapt
 from jlora.core.paths import flatten, map_with_path
-from jlora.core.tree import split, wrap
+from jlora.core.tree import join, split, wrap
 from jlora.training import checkpoint
 from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.step import TrainState, make_train_step
@@ -135,26 +135,18 @@ def test_saved_restored_and_continued_equals_never_stopped(tmp_path):
     step = make_train_step(loss, tx)
     rows = jax.random.normal(jax.random.key(1), (8, 12))
 
-    def run(params, state, steps):
-        adapters, frozen = split(params, ["head"])
-        state = state or TrainState.create(adapters, tx, jax.random.key(2))
+    def run(state, frozen, steps):
         for _ in range(steps):
             state, _ = step(state, frozen, rows)
-        return state, jax.tree.map(jnp.copy, checkpoint_of(state, frozen))
+        return state
 
-    def checkpoint_of(state, frozen):
-        from jlora.core.tree import join
-
-        return join(state.adapters, frozen)
-
-    _, straight = run(wrapped(base), None, 6)
-    state, half = run(wrapped(base), None, 3)
-    save_adapter(tmp_path, half, train=["head"])
-    params = restore_adapter(tmp_path, base)
-    adapters, _ = split(params, ["head"])
-    resumed = TrainState(state.step, jax.tree.map(jnp.copy, adapters), state.opt_state, state.key, state.skipped)
-    _, continued = run(params, resumed, 3)
-    same(continued, straight)
+    adapters, frozen = split(wrapped(base), ["head"])
+    straight = run(TrainState.create(adapters, tx, jax.random.key(2)), frozen, 6)
+    state = run(TrainState.create(adapters, tx, jax.random.key(2)), frozen, 3)
+    save_adapter(tmp_path, join(state.adapters, frozen), train=["head"])
+    adapters, restored_frozen = split(restore_adapter(tmp_path, base), ["head"])
+    continued = run(state.replace(adapters=adapters), restored_frozen, 3)
+    same(continued.adapters, straight.adapters)
     assert step._cache_size() == 1
 
 
@@ -200,8 +192,8 @@ from jlora.training.checkpoint import save_adapter
 base = {"dense": {"kernel": np.ones((64, 32), np.float32)}}
 params = wrap(base, rank=4)
 for n in itertools.count(1):
-    new = {name: leaf if name == "kernel" else np.full(leaf.shape, n, np.float32) for name, leaf in params["dense"].items()}
-    save_adapter(sys.argv[1], {"dense": new})
+    new = {name: np.full(leaf.shape, n, np.float32) for name, leaf in params["dense"].items()}
+    save_adapter(sys.argv[1], {"dense": new | base["dense"]})
     print(n, flush=True)
 """
 
@@ -220,24 +212,18 @@ def test_killed_at_any_moment_the_last_good_save_can_be_restored(tmp_path):
         assert values in ({told}, {told + 1}), "one save whole, the last one told of or the one after"
 
 
-def test_every_flipped_byte_and_cut_file_is_noticed_or_harmless(saved):
+def test_every_flipped_byte_and_every_cut_or_missing_file_is_noticed(saved):
     folder, base, params = saved
-    noticed = set()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         whole = file.read_bytes()
-        spoilt = [bytes([*whole[:n], whole[n] ^ 255, *whole[n + 1 :]]) for n in (0, len(whole) // 2, len(whole) - 1)]
-        for content in (*spoilt, whole[: len(whole) // 2], b"", None):
+        flipped = [bytes([*whole[:n], whole[n] ^ 8, *whole[n + 1 :]]) for n in (0, len(whole) // 2, len(whole) - 1)]
+        for content in (*flipped, whole[: len(whole) // 2], b"", None):
             file.unlink()
             if content is not None:
                 file.write_bytes(content)
-            try:
-                same(restore_adapter(folder, base), params)
-            except ValueError as error:
-                assert str(error).startswith("restore_adapter: "), error
-                assert "Fix: " in str(error)
-                noticed.add(file.name)
+            with pytest.raises(ValueError, match=r"^restore_adapter: (.|\n)*\nFix: "):
+                restore_adapter(folder, base)
             file.write_bytes(whole)
-    assert {"adapter.json", "_METADATA", "manifest.ocdbt"} <= noticed
     same(restore_adapter(folder, base), params)
 
 
@@ -248,14 +234,6 @@ def rewrite(folder, change, seal=True):
     before = checkpoint._seal(metadata)
     change(metadata)
     file.write_text(json.dumps(metadata | {"sha256": checkpoint._seal(metadata) if seal else before}))
-
-
-def swap_arrays(folder, params, tmp_path):
-    """Puts whole arrays of another save in place of this one's."""
-    save_adapter(tmp_path / "other", jax.tree.map(lambda leaf: leaf * 2, params))
-    name = arrays_of(folder)
-    shutil.rmtree(name)
-    shutil.copytree(arrays_of(tmp_path / "other"), name)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +248,12 @@ def swap_arrays(folder, params, tmp_path):
             lambda f: rewrite(f, lambda m: m["targets"]["dense/kernel"].update(alpha=9), seal=False),
             "changed after it was written",
         ),
-        (lambda f: shutil.rmtree(arrays_of(f)), "damaged or incomplete"),
+        (lambda f: shutil.rmtree(arrays_of(f)), "_METADATA'  missing"),
+        (lambda f: (arrays_of(f) / "_METADATA").write_text("{}"), "'_METADATA'  changed"),
+        (
+            lambda f: rewrite(f, lambda m: m["leaves"]["dense/kernel_lora_a"].update(sha256="0")),
+            "1 array in",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_missing_or_tampered_with_says_so(damage, words, saved):
@@ -279,14 +262,6 @@ def test_a_checkpoint_that_is_missing_or_tampered_with_says_so(damage, words, sa
     with pytest.raises(ValueError, match=r"^restore_adapter: ") as error:
         restore_adapter(folder, base)
     assert words in str(error.value) and "\nFix: " in str(error.value)
-
-
-def test_arrays_of_another_save_are_told_leaf_by_leaf(saved, tmp_path):
-    folder, base, params = saved
-    swap_arrays(folder, params, tmp_path)
-    with pytest.raises(ValueError, match="changed after saving") as error:
-        restore_adapter(folder, base)
-    assert "'dense/kernel_lora_a'" in str(error.value)
 
 
 def test_another_base_is_an_error_that_says_what_differs(saved):

@@ -21,12 +21,11 @@ def plain(logits_fn, params, hidden, labels, weights=None):
 
 
 def problem(tokens=(7, 9), features=6, vocab=13, dtype=jnp.float64):
-    keys = jax.random.split(jax.random.key(0), 5)
-    kernel = jax.random.normal(keys[0], (features, vocab), dtype)
-    params = {"head": {"kernel": kernel, "bias": jax.random.normal(keys[1], (vocab,), dtype)}}
-    hidden = jax.random.normal(keys[2], (*tokens, features), dtype)
-    weights = jax.random.uniform(keys[4], tokens, dtype) * jax.random.bernoulli(keys[3], 0.7, tokens)
-    return params, hidden, jax.random.randint(keys[3], tokens, 0, vocab), weights
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    params = {"head": {"kernel": draw(features, vocab), "bias": draw(vocab)}}
+    weights = jnp.asarray(rng.uniform(size=tokens) * (rng.uniform(size=tokens) < 0.7), dtype)
+    return params, draw(*tokens, features), jnp.asarray(rng.integers(0, vocab, tokens)), weights
 
 
 def close(got, want, tolerance=1e-10):
@@ -89,9 +88,7 @@ def test_the_logits_of_a_whole_batch_never_exist_at_once():
 def test_a_frozen_head_costs_no_gradient():
     params, hidden, labels, _ = problem((512,), 64, 512, jnp.float32)
     loss = lambda p, h: cross_entropy(head, p, h, labels, chunk=512)
-    frozen, trained = (
-        compiled(loss, argnums, params, hidden).cost_analysis()["flops"] for argnums in (1, (0, 1))
-    )
+    frozen, trained = (compiled(loss, argnums, params, hidden).cost_analysis()["flops"] for argnums in (1, (0, 1)))
     assert abs(frozen / trained - 2 / 3) < 0.03  # logits and their gradient to hidden, without the kernel's
 
 

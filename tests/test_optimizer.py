@@ -25,9 +25,12 @@ def network(params, x):
 forward = adapt(network)
 
 
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
 def base_params(width=24):
-    keys = iter(jax.random.split(jax.random.key(1), 3))
-    layer = lambda n, m: {"kernel": jax.random.normal(next(keys), (n, m)) / n**0.5, "bias": jnp.zeros(m)}
+    layer = lambda n, m: {"kernel": draw(n, n, m) / n**0.5, "bias": jnp.zeros(m)}
     params = {"first": layer(8, width), "second": layer(width, width + 1), "head": layer(width + 1, 5)}
     params["first"]["bias"] = jnp.asarray(np.array([-0.0, 1e-40, 0.0] * (width // 3), np.float32))
     params["second"]["bias"] = params["second"]["bias"].astype(jnp.bfloat16)
@@ -44,7 +47,7 @@ def loss_of(params, x, y):
 
 
 def batch():
-    return jax.random.normal(jax.random.key(2), (16, 8)), jax.random.normal(jax.random.key(3), (16, 5))
+    return draw(2, 16, 8), draw(3, 16, 5)
 
 
 def chain():
@@ -92,6 +95,7 @@ def test_state_holds_no_array_of_a_frozen_leafs_size():
 def test_the_global_norm_is_taken_over_what_trains_alone():
     params, (x, y) = wrapped(), batch()
     adapters, base = split(params, train=["head"])
+
     @jax.jit
     def halves(adapters):
         grads = jax.grad(lambda adapters: loss_of(join(adapters, base), x, y))(adapters)

@@ -28,21 +28,20 @@ def loss_fn(params, batch, key):
     return jnp.mean((forward(params, batch["x"]) - batch["y"]) ** 2)
 
 
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), float)
+
+
 def make_batch(rows=16):
-    return {
-        "x": jax.random.normal(jax.random.key(2), (rows, 8)),
-        "y": jax.random.normal(jax.random.key(3), (rows, 5)),
-    }
+    return {"x": draw(2, rows, 8), "y": draw(3, rows, 5)}
 
 
 def wrapped(kind="dict", seed=0, **options):
-    keys = jax.random.split(jax.random.key(1), 2)
-    layer = lambda key, n, m: {"kernel": jax.random.normal(key, (n, m)) / n**0.5, "bias": jnp.zeros(m)}
-    params = {"first": layer(keys[0], 8, 12), "second": layer(keys[1], 12, 5)}
-    params["first"]["bias"] = jnp.full(12, -0.0)
-    params = wrap(CONTAINERS[kind](params), rank=2, key=jax.random.key(seed), **options)
-    draw = lambda path, leaf: jax.random.normal(jax.random.key(seed), leaf.shape, leaf.dtype) / 4
-    return map_with_path(lambda path, leaf: draw(path, leaf) if path.endswith("_lora_b") else leaf, params)
+    layer = lambda n, m: {"kernel": draw(n, n, m) / n**0.5, "bias": jnp.full(m, -0.0)}
+    params = CONTAINERS[kind]({"first": layer(8, 12), "second": layer(12, 5)})
+    params = wrap(params, rank=2, key=jax.random.key(seed), **options)
+    turn = lambda path, leaf: draw(seed, *leaf.shape) / 4 if path.endswith("_lora_b") else leaf
+    return map_with_path(turn, params)
 
 
 def start(tx, params=None, train=()):
@@ -268,7 +267,9 @@ def test_xla_flops_are_two_thirds_of_full_fine_tunings():
 def test_a_loss_that_never_reads_the_adapters_names_the_mend():
     forgot = lambda params, batch, key: jnp.mean((network(params, batch["x"]) - batch["y"]) ** 2)
     state, base = start(optax.sgd(0.1))
-    with pytest.raises(ValueError, match=r"loss_fn never reads the adapters(.|\n)*Fix: call jlora\.adapt\(model\.apply\)"):
+    with pytest.raises(
+        ValueError, match=r"loss_fn never reads the adapters(.|\n)*Fix: call jlora\.adapt\(model\.apply\)"
+    ):
         make_train_step(forgot, optax.sgd(0.1))(state, base, make_batch())
     with pytest.raises(ValueError, match="loss_fn never reads the adapters"):
         state, base = start(optax.sgd(0.1), train=["bias"])

@@ -35,9 +35,7 @@ class Monitor:
             console=console,
             disable=not self.live,
         )
-        self.task = self.bar.add_task(
-            "train", epoch=f"1/{epochs}", loss="-", accuracy="-", rate="-", total=None
-        )
+        self.task = self.bar.add_task("train", epoch=f"1/{epochs}", loss="-", accuracy="-", rate="-", total=None)
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Monitor"]:

@@ -65,30 +65,28 @@ def train(config: Config) -> Result:
     classify.check_folder(folder, overwrite=config.output.overwrite)
     loaded = classify.load_base(config, corpus.labels)
     params = classify.wrap_base(config, loaded)
-    rows = [
+    learn, choose, judge = (
         to_rows(loaded.tokenizer, split, corpus.labels, data.max_length)
         for split in (corpus.train, corpus.validation, corpus.test)
-    ]
+    )
     counts = summary(params, classify.HEAD)
     console.print(_plan(counts, corpus), highlight=False)
-    cut = sum(len(row.ids) >= data.max_length for split in rows for row in split)
+    cut = sum(len(row.ids) >= data.max_length for split in (learn, choose, judge) for row in split)
     if cut:
-        console.print(
-            f"{cut} questions reach max_length = {data.max_length} tokens; what is beyond is not read."
-        )
+        console.print(f"{cut} questions reach max_length = {data.max_length} tokens; what is beyond is not read.")
     adapted, plain = classify.forward_of(loaded)
     shapes: dict[str, Any] = {
         "batch_size": size,
         "max_length": data.max_length,
         "pad_id": loaded.tokenizer.pad_token_id,
     }
-    before = classify.evaluate(adapted, params, rows[2], **shapes)
+    before = classify.evaluate(adapted, params, judge, **shapes)
     classify.begin_run(config, corpus.labels, corpus.answers)
-    best = _fit(config, console, classify.fit(config, loaded, params, *rows[:2], adapted))
+    best = _fit(config, console, classify.fit(config, loaded, params, learn, choose, adapted))
 
     run = classify.load_run(folder)
-    after = classify.evaluate(adapted, run.params, rows[2], **shapes)
-    merged = classify.evaluate(plain, merge(run.params), rows[2], **shapes)
+    after = classify.evaluate(adapted, run.params, judge, **shapes)
+    merged = classify.evaluate(plain, merge(run.params), judge, **shapes)
     difference = check_agreement(after, merged)
     result = Result(
         before.accuracy,
@@ -104,7 +102,7 @@ def train(config: Config) -> Result:
         peak_memory(),
     )
     (folder / classify.RESULT).write_text(json.dumps(result._asdict(), indent=1) + "\n", encoding="utf-8")
-    console.print(result_table(_table(result, len(rows[2]))))
+    console.print(result_table(_table(result, len(judge))))
     console.print(f"Written to {folder}", highlight=False)
     if data.questions:
         predictor = classify.Predictor(run)
@@ -128,6 +126,7 @@ def _fit(config: Config, console: Console, events: Any) -> Epoch:
                 steps.append(event)
                 continue
             if event.best:
+                # Saved at once: a run that is stopped leaves its best adapter, ready for `jlora predict`.
                 classify.save_params(folder, event.params)
             epochs.append(event._replace(params=None))
     learning_curve(folder / classify.CURVE, steps, epochs)

@@ -19,6 +19,7 @@ from jlora.core.tree import adapter_leaf, drop_adapters, kernels
 
 # Traces kept for one adapted function: enough for every bucket of lengths, few enough to hold no old arrays alive.
 TRACES = 128
+SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
 
 
 def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = False) -> Callable[..., Any]:
@@ -46,9 +47,7 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
         uses are listed, with their lines), or adapter leaves without their kernel.
     """
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(
-            complain("adapt", f"dropout is {dropout}.", [], "pass a rate from 0 up to, not including, 1.")
-        )
+        raise ValueError(complain("adapt", f"dropout is {dropout}.", [], "pass a rate from 0 up to, not including, 1."))
     traces: OrderedDict[Any, _Trace] = OrderedDict()
 
     @functools.wraps(fn)
@@ -99,8 +98,7 @@ def _is_array(leaf: Any) -> bool:
 
 def _signature(treedef: Any, arrays: Sequence[Any], statics: Sequence[tuple[int, Any]]) -> Any:
     """What a trace depends on; None if it can't be told, so nothing is kept."""
-    config = jax.config
-    settings = (config.jax_enable_x64, config.jax_default_matmul_precision, config.jax_numpy_dtype_promotion)
+    settings = tuple(getattr(jax.config, name) for name in SETTINGS)
     fixed = tuple((n, type(leaf), leaf) for n, leaf in statics)
     key = (treedef, tuple(map(jax.typeof, arrays)), fixed, settings, jax.sharding.get_abstract_mesh())
     try:
@@ -191,8 +189,8 @@ def _adapt_node(path: Path, node: Tree) -> Tree:
                 continue
             inner = join_path(where, name)
             if inner in told:
-                parts = [unbox(nodes[f"{name}{affix}"]) for affix in AFFIXES]
-                adapted = _adapted(unbox(leaf), layouts.align(*parts, told[inner]), join_path(path, inner))
+                a, b, scaling = (unbox(nodes[f"{name}{affix}"]) for affix in AFFIXES)
+                adapted = _adapted(unbox(leaf), layouts.align(a, b, scaling, told[inner]), join_path(path, inner))
                 leaf = jax.tree.unflatten(jax.tree.structure(leaf), [adapted])
             out[name] = leaf
         return out
@@ -229,13 +227,11 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path,
         return _evaluate(context, lambda inputs: fn(inputs[0], *inputs[1]), (marked, args))[0]
 
     leaves, treedef = jax.tree.flatten((params, args))
-    abstract = [
-        n for n, leaf in enumerate(leaves) if _is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
+    abstract = [n for n, leaf in enumerate(leaves) if _is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
     rest = _Leaves(treedef, [(n, leaf) for n, leaf in enumerate(leaves) if n not in set(abstract)])
     jax.eval_shape(lambda *arrays: look(*rest.tree(arrays)), *(leaves[n] for n in abstract))
     shapes = {path: tuple(value.shape) for path, value in flatten(params).items()}
     usable = [(path, layout) for path, layout in context.reads if layouts.valid(layout, shapes[path])]
     # A lookup tells more than the first product does: a tied table is a table.
     usable.sort(key=lambda read: "v" not in read[1])
-    return {path: layout for path, layout in reversed(usable)}
+    return dict(reversed(usable))

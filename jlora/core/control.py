@@ -110,10 +110,7 @@ def _scan(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
 
     def step(moving: list[Any], slices: tuple[Any, list[Any]]) -> tuple[list[Any], list[Any]]:
         turn, xs = slices
-        xs = [
-            _layer(whole, x) if isinstance(whole, Adapted) else x
-            for whole, x in zip(stacked, xs, strict=True)
-        ]
+        xs = [_layer(whole, x) if isinstance(whole, Adapted) else x for whole, x in zip(stacked, xs, strict=True)]
         inner = context if turn is None else context.fold(turn)
         outs = evaluate(inner, loop.body, [*consts, *carry.whole(moving), *xs])
         return carry.moving(outs[: loop.num_carry]), _arrays(context, equation, outs[loop.num_carry :])
@@ -124,25 +121,22 @@ def _scan(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
     return [*carry.whole(last), *ys]
 
 
-def _moving_part(w: Adapted) -> tuple[Any, list[Any]]:
+def _moving_part(w: Adapted) -> tuple[Any, Any]:
     """What of a stacked kernel is scanned: a factor shared by all layers stays outside."""
-    return w.kernel, [f if len(f) == len(w.kernel) else None for f in w.pair or ()]
+    stacked = lambda factor: factor if len(factor) == len(w.kernel) else None
+    return w.kernel, w.pair and (stacked(w.pair[0]), stacked(w.pair[1]))
 
 
-def _layer(whole: Adapted, part: tuple[Any, list[Any]]) -> Adapted:
+def _layer(whole: Adapted, part: tuple[Any, Any]) -> Adapted:
     kernel, factors = part
-    pair = whole.pair and tuple(
-        f[0] if layer is None else layer for f, layer in zip(whole.pair, factors, strict=True)
-    )
-    return replace(whole, kernel=kernel, pair=pair, labels=whole.labels[1:])
+    layer = lambda n: whole.pair[n][0] if factors[n] is None else factors[n]  # type: ignore[index]
+    return replace(whole, kernel=kernel, pair=factors and (layer(0), layer(1)), labels=whole.labels[1:])
 
 
 class Carry:
     """A loop's carry. A kernel that every turn hands on unchanged is held outside; any other use of one is refused."""
 
-    def __init__(
-        self, context: Context, equation: Equation, body: Body, consts: int, init: Sequence[Any]
-    ) -> None:
+    def __init__(self, context: Context, equation: Equation, body: Body, consts: int, init: Sequence[Any]) -> None:
         inputs = body.jaxpr.invars[consts:]
         same = [out is var for out, var in zip(body.jaxpr.outvars, inputs, strict=False)]
         self.fixed = {n: v for n, v in enumerate(init) if isinstance(v, Adapted) and same[n]}
@@ -153,9 +147,7 @@ class Carry:
 
     def whole(self, moving: Sequence[Any]) -> list[Any]:
         rest = iter(moving)
-        return [
-            self.fixed[n] if n in self.fixed else next(rest) for n in range(len(moving) + len(self.fixed))
-        ]
+        return [self.fixed[n] if n in self.fixed else next(rest) for n in range(len(moving) + len(self.fixed))]
 
 
 CONTROL: dict[str, Rule] = {

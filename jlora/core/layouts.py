@@ -28,10 +28,7 @@ AFFIXES = A, B, SCALING = ("_lora_a", "_lora_b", "_lora_scaling")
 def valid(layout: Layout, shape: Shape) -> bool:
     """Whether a layout fits a shape: a letter an axis, something in and something out."""
     return (
-        len(layout) == len(shape)
-        and not set(layout) - set("siov")
-        and "o" in layout
-        and bool(set(layout) & set("iv"))
+        len(layout) == len(shape) and not set(layout) - set("siov") and "o" in layout and bool(set(layout) & set("iv"))
     )
 
 
@@ -51,8 +48,7 @@ def known(path: str, shape: Shape, siblings: Mapping[str, Shape]) -> Layout | No
     module, _, leaf = path.rpartition("/")
     parent, _, name = module.rpartition("/")
     four = {
-        n: siblings.get(f"{parent}/{n}/{leaf}" if parent else f"{n}/{leaf}")
-        for n in ("query", "key", "value", "out")
+        n: siblings.get(f"{parent}/{n}/{leaf}" if parent else f"{n}/{leaf}") for n in ("query", "key", "value", "out")
     }
     if len(shape) != 3 or name not in four or not all(s is not None and len(s) == 3 for s in four.values()):
         return None
@@ -67,9 +63,7 @@ def pair_shapes(shape: Shape, layout: Layout, rank: int) -> tuple[Shape, Shape, 
     axes_a, axes_b, axes_scaling = pair_axes(layout)
     if ORDERED.fullmatch(layout):
         sizes = (*shape, rank)
-        return tuple(
-            tuple(sizes[-1 if n is None else n] for n in axes) for axes in (axes_a, axes_b, axes_scaling)
-        )  # type: ignore[return-value]
+        return tuple(tuple(sizes[-1 if n is None else n] for n in axes) for axes in (axes_a, axes_b, axes_scaling))  # type: ignore[return-value]
     a = (*(1 if letter == "o" else n for n, letter in zip(shape, layout, strict=True)), rank)
     b = (*(1 if letter in "iv" else n for n, letter in zip(shape, layout, strict=True)), rank)
     return a, b, tuple(shape[axis] for axis in axes_scaling if axis is not None)
@@ -77,9 +71,7 @@ def pair_shapes(shape: Shape, layout: Layout, rank: int) -> tuple[Shape, Shape, 
 
 def pair_axes(layout: Layout) -> tuple[tuple[int | None, ...], ...]:
     """For every axis of a, b and scaling the kernel's axis it stands for; None is the rank or an axis of size 1."""
-    stack, inner, outer = (
-        tuple(n for n, letter in enumerate(layout) if letter in kind) for kind in ("s", "iv", "o")
-    )
+    stack, inner, outer = (tuple(n for n, letter in enumerate(layout) if letter in kind) for kind in ("s", "iv", "o"))
     if ORDERED.fullmatch(layout):
         return (*stack, *inner, None), (*stack, None, *outer), stack
     a = tuple(None if letter == "o" else n for n, letter in enumerate(layout))
@@ -118,8 +110,7 @@ def fans(shape: Shape, layout: Layout) -> tuple[int, int]:
     """Products of the in axes and of the out axes: the sides of the matrix that the rank must not exceed."""
     inner, outer = ("iv", "o")
     return tuple(
-        math.prod(n for n, letter in zip(shape, layout, strict=True) if letter in kind)
-        for kind in (inner, outer)
+        math.prod(n for n, letter in zip(shape, layout, strict=True) if letter in kind) for kind in (inner, outer)
     )  # type: ignore[return-value]
 
 

@@ -70,9 +70,7 @@ def flatten(tree: Tree, path: Path = "") -> dict[Path, Any]:
     if nodes is None:
         value = unbox(tree)
         return {} if value is None else {path: value}
-    return {
-        p: leaf for name, node in nodes.items() for p, leaf in flatten(node, join_path(path, name)).items()
-    }
+    return {p: leaf for name, node in nodes.items() for p, leaf in flatten(node, join_path(path, name)).items()}
 
 
 def edit(tree: Tree, change: Callable[[Path, dict[Any, Tree]], Mapping[Any, Tree]], path: Path = "") -> Tree:
@@ -89,9 +87,7 @@ def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = "") -
     nodes = children(tree)
     if nodes is None:
         return jax.tree.map(lambda value: fn(path, value), tree)
-    return rebuild(
-        tree, {name: map_with_path(fn, node, join_path(path, name)) for name, node in nodes.items()}
-    )
+    return rebuild(tree, {name: map_with_path(fn, node, join_path(path, name)) for name, node in nodes.items()})
 
 
 def partition(tree: Tree, chosen: Callable[[Path, Any], bool]) -> tuple[Tree, Tree]:
@@ -101,7 +97,8 @@ def partition(tree: Tree, chosen: Callable[[Path, Any], bool]) -> tuple[Tree, Tr
     before, which stays with the rest; a place in a list holds None where the leaf went to the other side.
     """
     yes, no = _partition(tree, chosen, "")
-    return tuple(rebuild(tree, {}) if side is _ABSENT else side for side in (yes, no))  # type: ignore[return-value]
+    whole = lambda side: rebuild(tree, {}) if side is _ABSENT else side
+    return whole(yes), whole(no)
 
 
 def _partition(tree: Tree, chosen: Callable[[Path, Any], bool], path: Path) -> tuple[Tree, Tree]:

@@ -93,9 +93,7 @@ class Context:
             for axis in label:
                 found[axis].add(role)
         # An axis that no view holds any more was scanned or indexed away: the kernel is stacked along it.
-        self.reads.append(
-            (adapted.path, "".join("s" if not f else "?" if len(f) > 1 else f.pop() for f in found))
-        )
+        self.reads.append((adapted.path, "".join("s" if not f else "?" if len(f) > 1 else f.pop() for f in found)))
 
 
 Rule = Callable[[Context, Equation, list[Any]], list[Any]]
@@ -178,9 +176,7 @@ def _negate(context: Context, equation: Equation, values: list[Any]) -> list[Any
 
 def _reverse(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
     (w,) = values
-    return [
-        w.view(_run(equation, [w.kernel]), lambda f: jnp.flip(f, versions.dimensions(equation)), w.labels)
-    ]
+    return [w.view(_run(equation, [w.kernel]), lambda f: jnp.flip(f, versions.dimensions(equation)), w.labels)]
 
 
 def _squeeze(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
@@ -370,9 +366,7 @@ def _gather(context: Context, equation: Equation, values: list[Any]) -> list[Any
     y = _run(equation, [w.kernel, indices])
     dims = how.dimensions
     indexed = {*dims.start_index_map, *dims.operand_batching_dims}
-    kept = [
-        n for n in range(w.kernel.ndim) if n not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
-    ]
+    kept = [n for n in range(w.kernel.ndim) if n not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
     labels = [frozenset[int]()] * y.ndim
     for n, place in zip(kept, dims.offset_dims, strict=True):
         labels[place] = frozenset() if n in indexed else w.labels[n]
@@ -384,29 +378,21 @@ def _gather(context: Context, equation: Equation, values: list[Any]) -> list[Any
     has = [{_present(f, w)[n] for n in indexed if w.kernel.shape[n] > 1} for f in w.pair]
     if any(len(found) > 1 for found in has):
         return otherwise(context, equation, values)
-    a, b = (
-        _gather_factor(f, w, how, indices, y.ndim, all(found)) for f, found in zip(w.pair, has, strict=True)
-    )
+    a, b = (_gather_factor(f, w, how, indices, y.ndim, all(found)) for f, found in zip(w.pair, has, strict=True))
     if all(all(found) for found in has):
         return [replace(w, kernel=y, pair=(a, b), labels=tuple(labels))]
     return [y + jnp.broadcast_to(product(a.astype(y.dtype), b.astype(y.dtype)), y.shape)]
 
 
-def _gather_factor(
-    factor: Factor, w: Adapted, how: versions.Gather, indices: Any, ndim: int, indexed: bool
-) -> Factor:
+def _gather_factor(factor: Factor, w: Adapted, how: versions.Gather, indices: Any, ndim: int, indexed: bool) -> Factor:
     """A factor aligned with what the gather gives, itself gathered if it has the indexed axes."""
     dims = how.dimensions
     if indexed:
         sizes = [*_pick(_present(factor, w), how.slice_sizes, 1), factor.shape[-1]]
         dims = dims._replace(offset_dims=(*dims.offset_dims, ndim))
         return jax.lax.gather(factor, indices, dims, sizes, **how.options)
-    kept = [
-        n for n in range(w.kernel.ndim) if n not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)
-    ]
-    factor = factor[
-        tuple(slice(0, min(n, size)) for n, size in zip(factor.shape, how.slice_sizes, strict=False))
-    ]
+    kept = [n for n in range(w.kernel.ndim) if n not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
+    factor = factor[tuple(slice(0, min(n, size)) for n, size in zip(factor.shape, how.slice_sizes, strict=False))]
     shape = [1] * ndim
     for n, place in zip(kept, dims.offset_dims, strict=True):
         shape[place] = factor.shape[n]
@@ -419,7 +405,7 @@ def _conv(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
     if isinstance(x, Adapted) or not isinstance(w, Adapted):
         return otherwise(context, equation, values)
     how = versions.conv(equation)
-    out, inner, *window = how.rhs_spec
+    out, inner = how.rhs_spec[:2]
     y = _run(equation, [x, w.kernel])
     context.read(w, ["o" if n == out else "i" for n in range(w.kernel.ndim)])
     if w.pair is None:
@@ -469,11 +455,7 @@ def _ragged_dot(context: Context, equation: Equation, values: list[Any]) -> list
     if w.pair is None:
         return [y]
     a, b = w.pair if w.pair[0].shape[out] == 1 else reversed(w.pair)
-    if (
-        a.shape[out] != 1
-        or b.shape[inner] != 1
-        or {f.shape[how.group_axis] for f in (a, b)} != {sizes.shape[0]}
-    ):
+    if a.shape[out] != 1 or b.shape[inner] != 1 or {f.shape[how.group_axis] for f in (a, b)} != {sizes.shape[0]}:
         return otherwise(context, equation, values)
     a = jnp.einsum(a, [0, 1, 2, 3], [how.group_axis, inner, 3])
     b = jnp.einsum(b, [0, 1, 2, 3], [how.group_axis, 3, out])

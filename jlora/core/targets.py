@@ -59,10 +59,7 @@ def resolve(targets: Targets, leaves: Mapping[Path, Any]) -> dict[Path, Rule]:
     rules = targets if isinstance(targets, Mapping) else {_frozen(targets): Rule()}
     kernels = [path for path, value in leaves.items() if is_kernel(path, value)]
     check_matches("wrap", [part for pattern in rules for part in parts(pattern)], kernels, "target", "kernel")
-    tests = [
-        (matcher(pattern), rule if isinstance(rule, Rule) else Rule(rank=rule))
-        for pattern, rule in rules.items()
-    ]
+    tests = [(matcher(pattern), rule if isinstance(rule, Rule) else Rule(rank=rule)) for pattern, rule in rules.items()]
     first = {path: next((rule for test, rule in tests if test(path)), None) for path in kernels}
     return {path: rule for path, rule in first.items() if rule is not None}
 
@@ -93,9 +90,7 @@ def check_matches(
             test = matcher(pattern)
         except re.error as error:
             raise ValueError(
-                complain(
-                    who, f"a {what} is no regular expression.", [f"{text!r}  {error}"], "correct the pattern."
-                )
+                complain(who, f"a {what} is no regular expression.", [f"{text!r}  {error}"], "correct the pattern.")
             ) from None
         inside = not isinstance(pattern, str) and what != "target"
         if not any(test(path) or (inside and f"/{text}/" in f"/{path}") for path in paths):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 
 from jlora.core import layouts
 from jlora.core.errors import complain, count, nearest
-from jlora.core.layouts import AFFIXES, SCALING, A, B, Layout
+from jlora.core.layouts import AFFIXES, A, B, Layout
 from jlora.core.paths import (
     Path,
     Tree,
@@ -21,7 +21,6 @@ from jlora.core.paths import (
     join_path,
     map_with_path,
     partition,
-    rebuild,
     unbox,
     union,
 )
@@ -95,9 +94,7 @@ def wrap(
     def pair(path: Path, kernel: Any) -> tuple[Any, Any, Any]:
         rule = rules[path]
         scale = rule.alpha / (math.sqrt(rule.rank) if rslora else rule.rank)
-        make = lambda: _new_pair(
-            kernel.shape, kernel.dtype, told[path], rule.rank, scale, _key_of(key, path), init
-        )
+        make = lambda: _new_pair(kernel.shape, kernel.dtype, told[path], rule.rank, scale, _key_of(key, path), init)
         return jax.eval_shape(make) if isinstance(kernel, jax.ShapeDtypeStruct) else make()
 
     def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
@@ -181,15 +178,20 @@ def _choose(
     return chosen
 
 
-def _complete(rule: Rule, rank: int, alpha: float | None) -> Rule:
+class _Size(NamedTuple):
+    """A rule with nothing left open."""
+
+    rank: int
+    alpha: float
+
+
+def _complete(rule: Rule, rank: int, alpha: float | None) -> _Size:
     own = rank if rule.rank is None else rule.rank
     wide = alpha if rule.alpha is None else rule.alpha
-    return Rule(own, own if wide is None else wide)
+    return _Size(own, own if wide is None else wide)
 
 
-def _check_kernels(
-    leaves: Mapping[Path, Any], rules: Mapping[Path, Rule], told: Mapping[Path, Layout]
-) -> None:
+def _check_kernels(leaves: Mapping[Path, Any], rules: Mapping[Path, _Size], told: Mapping[Path, Layout]) -> None:
     shape = {path: tuple(leaves[path].shape) for path in rules}
     described = {path: f"{path!r} {leaves[path].dtype}{list(shape[path])}" for path in rules}
     whole = [described[p] for p in rules if not jnp.issubdtype(leaves[p].dtype, jnp.floating)]
@@ -226,14 +228,12 @@ def _check_kernels(
     _check_ranks(rules, described, {p: min(layouts.fans(shape[p], told[p])) for p in rules})
 
 
-def _check_ranks(rules: Mapping[Path, Rule], described: Mapping[Path, str], most: Mapping[Path, int]) -> None:
+def _check_ranks(rules: Mapping[Path, _Size], described: Mapping[Path, str], most: Mapping[Path, int]) -> None:
     odd = [described[p] for p, r in rules.items() if not isinstance(r.rank, int) or isinstance(r.rank, bool)]
     if odd:
         raise TypeError(complain("wrap", "the rank must be an int.", odd, "pass a whole number from 1."))
     wrong = [
-        f"{described[p]}  rank {r.rank}, allowed 1 to {most[p]}"
-        for p, r in rules.items()
-        if not 1 <= r.rank <= most[p]
+        f"{described[p]}  rank {r.rank}, allowed 1 to {most[p]}" for p, r in rules.items() if not 1 <= r.rank <= most[p]
     ]
     if wrong:
         raise ValueError(
@@ -248,9 +248,7 @@ def _check_ranks(rules: Mapping[Path, Rule], described: Mapping[Path, str], most
     wrong = [f"{described[p]}  alpha {r.alpha}" for p, r in rules.items() if not 0 < r.alpha < math.inf]
     if wrong:
         raise ValueError(
-            complain(
-                "wrap", "alpha must be above 0 and finite.", wrong, "pass alpha=rank for a scaling of 1."
-            )
+            complain("wrap", "alpha must be above 0 and finite.", wrong, "pass alpha=rank for a scaling of 1.")
         )
 
 
@@ -269,7 +267,7 @@ def _check_unwrapped(who: str, leaves: Mapping[Path, Any]) -> None:
         raise ValueError(
             complain(
                 who,
-                f"the tree is already wrapped: {count(len(found), 'kernel has an adapter', 'kernels have an adapter')}.",
+                f"the tree is already wrapped, {count(len(found), 'kernel')} of it.",
                 found,
                 "pass jlora.unwrap(params), or fold the adapter in first with jlora.merge(params).",
             )
@@ -295,9 +293,7 @@ def kernels(who: str, params: Tree) -> dict[Path, Layout]:
     for stem in stems:
         if stem not in found:
             have = {affix or "kernel": _shape(leaves, stem + affix) for affix in ("", *AFFIXES)}
-            wrong.append(
-                f"{stem!r}  " + ", ".join(f"{name.removeprefix('_')} {shape}" for name, shape in have.items())
-            )
+            wrong.append(f"{stem!r}  " + ", ".join(f"{name.removeprefix('_')} {shape}" for name, shape in have.items()))
     if wrong:
         raise ValueError(
             complain(
@@ -484,14 +480,11 @@ class Summary(NamedTuple):
                 "" if row.scaling is None else f"{row.scaling:g}",
             )
             share = f"{100 * row.trainable / row.total:.2f} %"
-            cells.append(
-                (row.path, " x ".join(map(str, row.shape)), rank, scaling, f"{row.trainable:,}", share)
-            )
+            cells.append((row.path, " x ".join(map(str, row.shape)), rank, scaling, f"{row.trainable:,}", share))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = [
             "  ".join(
-                text.ljust(w) if n < 2 else text.rjust(w)
-                for n, (text, w) in enumerate(zip(line, widths, strict=True))
+                text.ljust(w) if n < 2 else text.rjust(w) for n, (text, w) in enumerate(zip(line, widths, strict=True))
             )
             for line in cells
         ]

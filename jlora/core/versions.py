@@ -98,9 +98,7 @@ def run(equation: Equation, values: Sequence[Value]) -> list[Value]:
         if not isinstance(var, core.Literal):
             inputs[var] = value
     used = [var for var in equation.outvars if not isinstance(var, core.DropVar)]
-    single = core.Jaxpr(
-        (), tuple(inputs), tuple(used), [equation], equation.effects, _debug(len(inputs), len(used))
-    )
+    single = core.Jaxpr((), tuple(inputs), tuple(used), [equation], equation.effects, _debug(len(inputs), len(used)))
     outs = iter(core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*inputs.values()))
     return [None if isinstance(var, core.DropVar) else next(outs) for var in equation.outvars]
 
@@ -165,9 +163,7 @@ def conv(equation: Equation) -> Conv:
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
     spec = p["dimension_numbers"]
     options = {name: p[name] for name in names}
-    return Conv(
-        options, spec.lhs_spec, spec.rhs_spec, spec.out_spec, p["feature_group_count"], p["batch_group_count"]
-    )
+    return Conv(options, spec.lhs_spec, spec.rhs_spec, spec.out_spec, p["feature_group_count"], p["batch_group_count"])
 
 
 def gather(equation: Equation) -> Gather:
@@ -182,9 +178,7 @@ def ragged_dot(equation: Equation) -> Ragged:
     contract, (batch, _) = numbers.dot_dimension_numbers
     groups = tuple(numbers.rhs_group_dimensions)
     ranks = tuple(var.aval.ndim for var in equation.invars[:2])
-    plain = (
-        ranks == (2, 3) and not batch and len(groups) == 1 and tuple(numbers.lhs_ragged_dimensions) == (0,)
-    )
+    plain = ranks == (2, 3) and not batch and len(groups) == 1 and tuple(numbers.lhs_ragged_dimensions) == (0,)
     return Ragged(contract, plain and p["group_offset"] is None, groups[0] if groups else -1, p["precision"])
 
 
@@ -247,9 +241,7 @@ def _needed(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
         wants = [var in needed for var in equation.outvars]
         if any(wants) or equation.effects:
             reads = _reads(equation, wants)
-            needed |= {
-                v for v, read in zip(equation.invars, reads, strict=True) if read and not is_literal(v)
-            }
+            needed |= {v for v, read in zip(equation.invars, reads, strict=True) if read and not is_literal(v)}
     return needed
 
 

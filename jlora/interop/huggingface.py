@@ -31,6 +31,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+SAFELY = {"local_files_only": True, "trust_remote_code": False}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -140,7 +141,7 @@ def weights(family: Family, params: Mapping[str, Any]) -> list[Weight]:
 
 
 class Tensor(NamedTuple):
-    """One tensor in a memory-mapped safetensors file: its header is known, its values are read when asked for."""
+    """One tensor in a memory-mapped safetensors file, its values unread until they are asked for."""
 
     name: str
     file: Any
@@ -194,10 +195,11 @@ def load_model(
     family = find_family(folder)
     config = read_config(folder, labels, num_labels)
     architecture = next(iter(config.architectures or ()), None)
+    labelled = labels is not None or num_labels is not None
     if head == "auto":
         own = next((name for name, value in family.heads.items() if value == architecture), None)
-        head = "classification" if labels or num_labels else own
-    if head is None and (labels or num_labels):
+        head = "classification" if labelled else own
+    if head is None and labelled:
         fix = "leave head out, or the labels."
         raise ValueError(complain("load_model", "labels were given for a model without a head.", (), fix))
     pooling = read_pooling(folder) if pooling == "auto" else pooling
@@ -210,7 +212,7 @@ def load_model(
         dtype=dtype,
         # Names alone don't tell: texts and tokens are both classified by a "classifier".
         other_head=architecture is not None and architecture != family.heads.get(str(head)),
-        add_head=bool(labels or num_labels),
+        add_head=labelled,
         key=jax.random.key(0) if key is None else key,
     )
     return LoadedModel(model=model, params=params, tokenizer=read_tokenizer(folder), config=config, new=new)
@@ -221,11 +223,8 @@ def find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
     folder = Path(name_or_folder)
     if folder.is_dir():
         if revision is not None:
-            problem, fix = (
-                f"revision {revision!r} of the local folder {str(folder)!r}.",
-                "leave the revision out.",
-            )
-            raise ValueError(complain("load_model", problem, (), fix))
+            problem = f"revision {revision!r} of the local folder {str(folder)!r}."
+            raise ValueError(complain("load_model", problem, (), "leave the revision out."))
         return folder
     bundled = find_minilm() if str(name_or_folder) == MINILM and revision is None else None
     return bundled or download(str(name_or_folder), revision)
@@ -265,11 +264,13 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file of the model's folder."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"an object was expected, not a {type(content).__name__}")
     except FileNotFoundError:
         problem, fix = f"{str(file.parent)!r} has no {file.name}.", "give a folder in Hugging Face form."
         raise ValueError(complain("load_model", problem, (), fix)) from None
     except ValueError as error:
-        problem, fix = f"{str(file)!r} is no JSON.", "fetch the file again."
+        problem, fix = f"{str(file)!r} is no JSON object.", "fetch the file again."
         raise ValueError(complain("load_model", problem, [str(error)], fix)) from error
     return content
 
@@ -306,19 +307,19 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
     Raises:
         ValueError: labels that contradict themselves, `num_labels`, or the checkpoint's.
     """
-    config = import_transformers().AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = import_transformers().AutoConfig.from_pretrained(folder, **SAFELY)
     offenders = []
     if labels is not None:
         repeated = sorted({label for label in labels if list(labels).count(label) > 1})
-        offenders += [f"label {label!r} stands there twice" for label in repeated]
-        stored = [config.id2label[i] for i in range(config.num_labels)]
+        offenders += [f"label {label!r} is there twice" for label in repeated]
+        stored = [label for _, label in sorted(config.id2label.items())]
         if sorted(stored) == sorted(labels) and stored != list(labels):
             offenders.append(f"labels {list(labels)}, but the checkpoint's are {stored}, in this order")
         if num_labels not in (None, len(labels)):
             offenders.append(f"{len(labels)} labels, but num_labels={num_labels}")
-    count_asked = num_labels if labels is None else len(labels)
-    if count_asked is not None and count_asked < 1:
-        offenders.append(f"{count_asked} labels")
+    asked = num_labels if labels is None else len(labels)
+    if asked is not None and asked < 1:
+        offenders.append(f"{asked} labels")
     if offenders:
         fix = "give each label once, in the order of the logits."
         raise ValueError(complain("load_model", "labels that can't be.", offenders, fix))
@@ -333,7 +334,7 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
 def read_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return import_transformers().AutoTokenizer.from_pretrained(folder, **SAFELY)
 
 
 def read_pooling(folder: Path) -> str:
@@ -360,7 +361,7 @@ def open_tensors(folder: Path) -> list[Tensor]:
         ValueError: no safetensors at all, or files and tensors missing or damaged (all of them listed).
     """
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX)["weight_map"]
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
     elif (folder / SINGLE).is_file():
         weight_map = {}
     else:

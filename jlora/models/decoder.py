@@ -67,24 +67,18 @@ class DecoderConfig:
             wrong.append(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
             wrong.append(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.kv_heads}")
-        if not wrong and self.width % 2:
-            wrong.append(f"head width {self.width} is odd, and rotation pairs its halves")
+        if not wrong and self.head_width % 2:
+            wrong.append(f"a head's width {self.head_width} is odd, but its halves are rotated in pairs")
         if wrong:
-            raise ValueError(
-                complain(
-                    "DecoderConfig",
-                    f"{count(len(wrong), 'size')} does not fit the others.",
-                    wrong,
-                    "correct it.",
-                )
-            )
+            problem = f"{count(len(wrong), 'size')} {'does' if len(wrong) == 1 else 'do'} not fit."
+            raise ValueError(complain("DecoderConfig", problem, wrong, "correct them, or pass head_dim."))
 
     @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
-    def width(self) -> int:
+    def head_width(self) -> int:
         """Width of one head."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
@@ -160,13 +154,13 @@ class Attention(nn.Module):
         batch, time, _ = x.shape
 
         def heads(name: str, count: int) -> Float[Array, "batch heads time width"]:
-            y = dense(config, count * config.width, name)(x)
-            return y.reshape(batch, time, count, config.width).swapaxes(1, 2)
+            y = dense(config, count * config.head_width, name)(x)
+            return y.reshape(batch, time, count, config.head_width).swapaxes(1, 2)
 
         q = rotate(heads("q_proj", config.num_heads), rope)
         k = rotate(heads("k_proj", config.kv_heads), rope)
         y = attend(q, k, heads("v_proj", config.kv_heads), bias)
-        y = y.swapaxes(1, 2).reshape(batch, time, config.num_heads * config.width)
+        y = y.swapaxes(1, 2).reshape(batch, time, config.num_heads * config.head_width)
         return dense(config, config.hidden_size, "o_proj")(y)
 
 
@@ -237,9 +231,9 @@ class Decoder(nn.Module):
     ) -> Float[Array, "batch time d"]:
         """The final hidden states, normed: what the head multiplies."""
         config = self.config
-        batch, time = input_ids.shape
-        positions = jnp.broadcast_to(jnp.arange(time), (1, time))
-        rope = rope_table(positions, config.width, config.rope_theta)
+        time = input_ids.shape[1]
+        positions = jnp.arange(time)[None]
+        rope = rope_table(positions, config.head_width, config.rope_theta)
         bias = causal_bias(attention_mask, time)
         x = self.embed_tokens(input_ids)
         if config.scan:

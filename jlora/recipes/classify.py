@@ -4,6 +4,7 @@ A run's folder holds all that `load_run` needs to answer with it, the base model
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from jlora.core.adapt import adapt
 from jlora.core.errors import complain
@@ -33,7 +34,8 @@ ADAPTER, CONFIG, LABELS = "adapter", "config.toml", "labels.json"
 METRICS, RESULT, CURVE = "metrics.jsonl", "result.json", "learning_curve.png"
 RUN_FILES = (ADAPTER, CONFIG, LABELS, METRICS, RESULT, CURVE)
 
-Forward = Callable[[Tree, Int[Array, "rows time"], Int[Array, "rows time"]], Float[Array, "rows labels"]]
+# (params, input_ids, attention_mask), both int[rows, time], to logits float[rows, labels].
+Forward = Callable[[Tree, Any, Any], Any]
 
 
 class Scores(NamedTuple):
@@ -207,9 +209,7 @@ def make_optimizer(options: Optimisation, steps: int, adapters: Tree) -> optax.G
     return optax.chain(adamw, scale)
 
 
-def make_loss(
-    loaded: LoadedModel, dropout: float
-) -> Callable[[Tree, Batch, Key[Array, ""]], Float[Array, ""]]:
+def make_loss(loaded: LoadedModel, dropout: float) -> Callable[[Tree, Batch, Key[Array, ""]], Float[Array, ""]]:
     """The cross entropy of a batch; rows that fill it up count as 0, so a batch of few weighs little."""
     adapted = adapt(_apply(loaded), dropout=dropout)
 
@@ -241,14 +241,12 @@ def fit(
         forward: the jitted model for wrapped parameters.
 
     Yields:
-        A `Step` every `output.log_every` steps and at an epoch's end, then an `Epoch`. The best epoch is the one
-        of highest validation accuracy, and among equals of lowest validation loss.
+        A `Step` every `output.log_every` steps and at an epoch's end, then an `Epoch`. The best epoch has the
+        highest validation accuracy, and among equals the lowest validation loss.
     """
     options, max_length, pad_id = config.optimisation, config.data.max_length, loaded.tokenizer.pad_token_id
     size = options.batch_size
-    epoch_batches = training_batches(
-        train, batch_size=size, max_length=max_length, pad_id=pad_id, seed=options.seed
-    )
+    epoch_batches = training_batches(train, batch_size=size, max_length=max_length, pad_id=pad_id, seed=options.seed)
     per_epoch, steps = len(epoch_batches), len(epoch_batches) * options.epochs
     adapters, base = split(params, HEAD)
     tx, rate = make_optimizer(options, steps, adapters), schedule(options, steps)
@@ -285,22 +283,19 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
 
     Raises:
         FileExistsError: a run is there already.
-        OSError: the folder can't be written to.
+        NotADirectoryError: the path goes through a file.
+        PermissionError: the folder can't be written to.
     """
     there = [str(folder / name) for name in RUN_FILES if (folder / name).exists()]
     if there and not overwrite:
         fix = "choose another --output.folder, or pass --output.overwrite."
         raise FileExistsError(complain("train", f"{folder} holds a run already.", there, fix))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        fix = "choose another --output.folder."
-        raise type(error)(
-            complain("train", f"{folder} can't be written to: {error.strerror}.", [], fix)
-        ) from None
+    parent = next(place for place in (folder, *folder.parents) if place.exists())
+    fix = "choose another --output.folder."
+    if not parent.is_dir():
+        raise NotADirectoryError(complain("train", f"{parent} is a file, not a folder.", [], fix))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(complain("train", f"{parent} can't be written to.", [], fix))
 
 
 def begin_run(config: Config, labels: Sequence[str], answers: Mapping[str, str]) -> None:
@@ -354,9 +349,7 @@ def _read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
         return labels, {entry["label"]: str(entry["answer"]) for entry in entries if "answer" in entry}
     except (ValueError, TypeError, KeyError) as error:
         problem = f"{path} is damaged: {error!r}."
-        raise ValueError(
-            complain("predict", problem, [], "copy the run's folder again, or train again.")
-        ) from None
+        raise ValueError(complain("predict", problem, [], "copy the run's folder again, or train again.")) from None
 
 
 class Predictor:
@@ -386,8 +379,4 @@ class Predictor:
 
 def bytes_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
-    return (
-        path.stat().st_size
-        if path.is_file()
-        else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    )
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

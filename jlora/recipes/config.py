@@ -155,9 +155,7 @@ def read(path: Path) -> Config:
             complain("config", f"{path} does not exist.", [], "pass the path of a TOML file.")
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            complain("config", f"{path} is no TOML.", [str(error)], "correct that line.")
-        ) from None
+        raise ValueError(complain("config", f"{path} is no TOML.", [str(error)], "correct that line.")) from None
     return parse(values, source=str(path), folder=path.parent)
 
 

@@ -90,7 +90,9 @@ def load_corpus(*, train: Path, validation: Path, test: Path, answers: Path | No
     _check_overlap(paths, splits)
     if answers:
         _check_answers(answers, replies, labels)
-    return Corpus(*(list(split.values()) for split in splits.values()), labels, dict(replies.values()))
+    train_set, validation_set, test_set = (list(split.values()) for split in splits.values())
+    said = {label: answer for label, answer in replies.values()}
+    return Corpus(train_set, validation_set, test_set, labels, said)
 
 
 def read_lines(path: Path, names: Sequence[str], wrong: list[str]) -> dict[int, tuple[str, ...]]:
@@ -119,9 +121,7 @@ def _fields(line: bytes, names: Sequence[str]) -> tuple[str, ...]:
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(record, dict):
-        raise ValueError(
-            f"expected an object with {' and '.join(map(repr, names))}, found {type(record).__name__}"
-        )
+        raise ValueError(f"expected an object with {' and '.join(map(repr, names))}, found {type(record).__name__}")
     for name in names:
         if name not in record:
             near = f"  nearest: {nearest(name, record, 1)[0]!r}" if record else ""
@@ -137,9 +137,7 @@ def _shown(offenders: Sequence[str]) -> list[str]:
     return [*offenders[:SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
 
 
-def _check_labels(
-    paths: Mapping[str, Path], splits: Mapping[str, dict[int, Example]], labels: Sequence[str]
-) -> None:
+def _check_labels(paths: Mapping[str, Path], splits: Mapping[str, dict[int, Example]], labels: Sequence[str]) -> None:
     unknown = [
         f"{paths[name]}:{line}  {example.label!r}  nearest: {nearest(example.label, labels, 1)[0]!r}"
         for name, split in splits.items()
@@ -147,9 +145,7 @@ def _check_labels(
         if example.label not in labels
     ]
     if unknown:
-        problem = (
-            f"{count(len(unknown), 'line has a label', 'lines have a label')} that {paths['train']} lacks."
-        )
+        problem = f"{count(len(unknown), 'line has a label', 'lines have a label')} that {paths['train']} lacks."
         fix = "correct the label, or add questions of it to train."
         raise ValueError(complain("data", problem, _shown(unknown), fix))
     if len(labels) < 2:
@@ -180,13 +176,11 @@ def _check_answers(path: Path, replies: Mapping[int, tuple[str, ...]], labels: S
     wrong = [f"{path}  no answer for {label!r}" for label in labels if label not in have]
     for at, (line, (label, _)) in enumerate(replies.items()):
         if label not in labels:
-            wrong.append(
-                f"{path}:{line}  {label!r} is no label in train  nearest: {nearest(label, labels, 1)[0]!r}"
-            )
+            wrong.append(f"{path}:{line}  {label!r} is no label in train  nearest: {nearest(label, labels, 1)[0]!r}")
         elif label in have[:at]:
             wrong.append(f"{path}:{line}  a second answer for {label!r}")
     if wrong:
-        problem = f"{count(len(wrong), 'label')} and answer don't go together."
+        problem = "the answers don't match the labels."
         raise ValueError(complain("data", problem, _shown(wrong), "give every label one answer."))
 
 

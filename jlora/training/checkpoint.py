@@ -62,6 +62,9 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
     target = _writable(File(folder).absolute())
     name = f"arrays-{uuid.uuid4().hex}"
+    with _checkpointer() as checkpointer:
+        checkpointer.save(target / name, _nest(arrays))
+    _sync(target / name)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -69,12 +72,10 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
         "targets": {path: _target(path, arrays) for path in targets},
         "train": full,
         "leaves": {path: _described(array) | {"sha256": _digest(array)} for path, array in arrays.items()},
+        "files": _files(target / name),
         "base": _fingerprint(base, full),
         "libraries": {library: _version(library) for library in LIBRARIES},
     }
-    with _checkpointer() as checkpointer:
-        checkpointer.save(target / name, _nest(arrays))
-    _sync(target / name)
     _replace(target / METADATA, json.dumps(metadata | {"sha256": _seal(metadata)}, indent=1))
     for old in target.glob("arrays-*"):
         if old.name != name:
@@ -98,9 +99,7 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
     """
     base = flatten(base_params)
     if is_wrapped(base):
-        raise _refuse(
-            "base_params is already wrapped.", "pass the tree before wrap, or jlora.unwrap(params)."
-        )
+        raise _refuse("base_params is already wrapped.", "pass the tree before wrap, or jlora.unwrap(params).")
     source = File(folder).absolute()
     metadata = _read_metadata(source)
     _check_base(base, metadata)
@@ -139,8 +138,18 @@ def _described(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
+def _files(folder: File) -> dict[str, str]:
+    """A digest of every file under a folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): _sha256(file.read_bytes()) for file in files}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def _digest(array: np.ndarray) -> str:
-    return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
+    return _sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes())
 
 
 def _fingerprint(base: Mapping[Path, Any], full: list[Path]) -> dict[Path, dict[str, Any]]:
@@ -154,7 +163,11 @@ def _sample(leaf: Any) -> str | None:
     if leaf.ndim == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return None
     positions = np.linspace(0, max(leaf.size - 1, 0), min(leaf.size, SAMPLES)).astype(np.int64)
-    return _digest(np.asarray(leaf[np.unravel_index(positions, leaf.shape)]))
+    index = np.unravel_index(positions, leaf.shape)
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding):  # which on a mesh with explicit axes must be told where values go
+        return _digest(np.asarray(leaf.at[index].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))))
+    return _digest(np.asarray(leaf[index]))
 
 
 def _version(library: str) -> str | None:
@@ -165,7 +178,7 @@ def _version(library: str) -> str | None:
 
 
 def _seal(metadata: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    return _sha256(json.dumps(metadata, sort_keys=True).encode())
 
 
 def _nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
@@ -259,19 +272,23 @@ def _difference(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None
 
 
 def _read_arrays(folder: File, metadata: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+    folder, again = folder / metadata["arrays"], "restore the files, or save the adapter again."
+    found = _files(folder)
+    spoilt = [
+        f"{name!r}  {'changed' if name in found else 'missing'}"
+        for name, digest in metadata["files"].items()
+        if found.get(name) != digest
+    ]
+    if spoilt:
+        raise _refuse(f"{count(len(spoilt), 'file')} in '{folder}' damaged or missing.", again, spoilt)
     leaves = metadata["leaves"]
-    again = "restore the files, or save the adapter again."
-    try:
-        # As numpy: the sharding is the base's, whatever it was when saved.
-        wanted = _nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
-        with _checkpointer() as checkpointer:
-            arrays = flatten(checkpointer.restore(folder / metadata["arrays"], restore_args=wanted))
-        wrong = [repr(path) for path, leaf in leaves.items() if _digest(arrays[path]) != leaf["sha256"]]
-    except Exception as error:  # whatever Orbax and its storage make of a damaged file
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _refuse(f"the arrays in '{folder}' are damaged or incomplete: {text}", again) from error
+    # As numpy: the sharding is the base's, whatever it was when saved.
+    wanted = _nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
+    with _checkpointer() as checkpointer:
+        arrays = flatten(checkpointer.restore(folder, restore_args=wanted))
+    wrong = [repr(path) for path, leaf in leaves.items() if _digest(arrays[path]) != leaf["sha256"]]
     if wrong:
-        raise _refuse(f"{count(len(wrong), 'array')} in '{folder}' changed after saving.", again, wrong)
+        raise _refuse(f"{count(len(wrong), 'array')} in '{folder}' read otherwise than saved.", again, wrong)
     return arrays
 
 

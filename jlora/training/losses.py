@@ -74,9 +74,7 @@ def cross_entropy(
     # What fills the last chunk up repeats the last token, to be as finite as the data, and weighs nothing.
     rows = cut(hidden, "edge"), cut(labels, "edge"), cut(shares, "constant")
     leaves, structure = jax.tree.flatten(params)
-    return _scanned(lambda leaves, hidden: logits_fn(jax.tree.unflatten(structure, leaves), hidden))(
-        leaves, *rows
-    )
+    return _scanned(lambda leaves, hidden: logits_fn(jax.tree.unflatten(structure, leaves), hidden))(leaves, *rows)
 
 
 def _scanned(logits_fn: Callable[[list[Array], Array], Array]) -> Callable[..., Float[Array, ""]]:
@@ -136,6 +134,4 @@ def _check(hidden: Any, labels: Any, weights: Any, chunk: int) -> None:
     if chunk < 1:
         wrong.append(f"chunk={chunk}: want 1 or more")
     if wrong:
-        raise ValueError(
-            complain("cross_entropy", "the arguments don't fit each other.", wrong, "correct them.")
-        )
+        raise ValueError(complain("cross_entropy", "the arguments don't fit each other.", wrong, "correct them."))

@@ -11,9 +11,7 @@ from jlora.core.targets import Pattern
 from jlora.core.tree import kernels, mask
 
 
-def optimizer(
-    tx: optax.GradientTransformation, params: Tree, train: Pattern = ()
-) -> optax.GradientTransformation:
+def optimizer(tx: optax.GradientTransformation, params: Tree, train: Pattern = ()) -> optax.GradientTransformation:
     """Restricts a whole optax chain, clipping included, to the leaves that train.
 
     For a loop that differentiates the whole tree, as flax's `TrainState` does. Global norms in `tx` are taken

@@ -155,9 +155,7 @@ def _reduce(stacked: Array) -> Array:
 
 
 def _cast_like(tree: Tree, like: Tree) -> Tree:
-    return jax.tree.map(
-        lambda leaf, old: leaf if leaf.dtype == old.dtype else leaf.astype(old.dtype), tree, like
-    )
+    return jax.tree.map(lambda leaf, old: leaf if leaf.dtype == old.dtype else leaf.astype(old.dtype), tree, like)
 
 
 def _cut(batch: Batch, pieces: int) -> Batch:

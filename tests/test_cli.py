@@ -1,0 +1,311 @@
+"""`jlora train` and `jlora predict` as people use them: one tiny job from files to answers, and every mistake."""
+
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny_job
+from rich.console import Console
+
+from jlora.cli.main import main
+from jlora.cli.train import _fit
+from jlora.recipes import classify, config
+from jlora.recipes.classify import Step
+from jlora.recipes.data import load_corpus, to_rows
+
+QUESTION = "problem with my courier"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_job.make_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def job(model, tmp_path_factory):
+    """A job that has been run once: the folder its TOML file is in, and the run's."""
+    toml = tiny_job.make_job(tmp_path_factory.mktemp("job") / "job", model)
+    assert main(["train", str(toml)]) == 0
+    return toml, toml.parent / "run"
+
+
+@pytest.fixture
+def fresh(model, tmp_path):
+    """A job not run yet: its TOML file."""
+    return tiny_job.make_job(tmp_path / "job", model)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_training_lifts_accuracy_and_leaves_a_whole_run(job):
+    toml, run = job
+    result = json.loads((run / "result.json").read_text())
+    assert result["accuracy_before"] < 0.6
+    assert result["accuracy_after"] > 0.85
+    epochs = [line for line in lines(run / "metrics.jsonl") if "validation_accuracy" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2, 3, 4, 5]
+    best = [line for line in epochs if line["best"]][-1]
+    assert result["best_epoch"] == best["epoch"]
+    assert result["best_validation_accuracy"] == best["validation_accuracy"]
+    steps = [line for line in lines(run / "metrics.jsonl") if "loss" in line]
+    assert all(line.keys() == {"step", "epoch", "loss", "learning_rate"} for line in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert config.read(run / "config.toml") == config.read(toml)
+    assert json.loads((run / "labels.json").read_text()) == [
+        {"label": label, "answer": f"All about {label}."} for label in sorted(tiny_job.TOPICS)
+    ]
+    on_disk = sum(path.stat().st_size for path in (run / "adapter").rglob("*") if path.is_file())
+    assert result["adapter_bytes"] == on_disk
+    assert 1e8 < result["peak_memory_bytes"] < 1e11
+
+
+def test_the_counts_are_those_of_the_shapes(job):
+    # One layer, 32 wide, 64 in the middle: four kernels 32 x 32, one 32 x 64, one 64 x 32, rank 4; and a head of 3.
+    result = json.loads((job[1] / "result.json").read_text())
+    wide = tiny_job.SIZES["intermediate_size"]
+    assert result["trainable"] == 4 * (4 * (32 + 32) + 2 * (32 + wide)) + 32 * 3 + 3
+
+
+def test_the_same_seed_gives_the_same_run_to_the_bit_and_another_seed_does_not(fresh, job):
+    _, run = job
+    assert main(["train", str(fresh)]) == 0
+    again = fresh.parent / "run"
+    assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    base = classify.load_run(again).loaded.params
+    first, second = (classify.restore_adapter(folder / "adapter", base) for folder in (run, again))
+    leaves = classify.jax.tree.leaves
+    assert all((one == two).all() for one, two in zip(leaves(first), leaves(second), strict=True))
+    other = fresh.parent / "other"
+    flags = ["--optimisation.seed", "1", "--optimisation.epochs", "1", "--output.folder", str(other)]
+    assert main(["train", str(fresh), *flags]) == 0
+    assert lines(other / "metrics.jsonl")[0]["loss"] != lines(run / "metrics.jsonl")[0]["loss"]
+
+
+def test_a_flag_wins_over_the_file_and_the_run_says_so(fresh, capsys):
+    flags = ["--adapter.rank", "2", "--optimisation.epochs", "1", "--optimisation.b-ratio", "4"]
+    assert main(["train", str(fresh), *flags]) == 0
+    written = tomllib.loads((fresh.parent / "run" / "config.toml").read_text())
+    assert written["adapter"] == {"rank": 2, "alpha": 8.0, "dropout": 0.05, "rslora": False}
+    assert (written["optimisation"]["epochs"], written["optimisation"]["b_ratio"]) == (1, 4.0)
+    shown = capsys.readouterr().out
+    assert "6 kernels at rank 2, scaling 4, and the classifier in full." in shown
+    assert "3 entries, 72 questions to train on, 24 to validate, 24 to test." in shown
+    assert "epoch 1/1  loss " in shown
+    for row in ("test accuracy before", "test accuracy after", "parameters trained", "adapter on disk", "seconds"):
+        assert row in shown
+    assert "24 of 24 (logits within" in shown
+    assert "where is my courier\n  0." in shown
+
+
+def test_predict_answers_in_words_and_as_json(job, capsys):
+    _, run = job
+    assert main(["predict", str(run), QUESTION]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[0] == QUESTION
+    probability, label = text[1].split()
+    assert text[2].strip() == f"All about {label}."
+    assert main(["predict", str(run), QUESTION, "money", "--top", "2", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["question"] for line in found] == [QUESTION, "money"]
+    for line in found:
+        first, second = (entry["probability"] for entry in line["entries"])
+        assert 1 >= first >= second
+        assert first + second <= 1
+    assert (found[0]["entries"][0]["label"], round(found[0]["entries"][0]["probability"], 3)) == (
+        label,
+        float(probability),
+    )
+
+
+def test_predictions_reach_the_accuracy_that_training_reported(job, capsys, monkeypatch):
+    _, run = job
+    asked = tiny_job.questions("test")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(record["text"] for record in asked) + "\n\n"))
+    assert main(["predict", str(run), "--json"]) == 0
+    found = [json.loads(line)["entries"][0]["label"] for line in capsys.readouterr().out.splitlines()]
+    right = [label == record["label"] for label, record in zip(found, asked, strict=True)]
+    result = json.loads((run / "result.json").read_text())
+    assert sum(right) / len(right) == pytest.approx(result["accuracy_after"])
+
+
+def test_a_run_answers_with_its_base_moved_elsewhere(job, model, tmp_path, capsys):
+    _, run = job
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in model.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert main(["predict", str(run), QUESTION, "--model", str(moved)]) == 0
+    assert main(["predict", str(run), QUESTION]) == 0
+    first, second = capsys.readouterr().out.strip().split(QUESTION)[1:]
+    assert first.split() == second.split()
+
+
+def test_a_run_that_is_stopped_has_kept_its_best_adapter(fresh):
+    settings = config.check(config.read(fresh))
+    data = settings.data
+    corpus = load_corpus(train=data.train, validation=data.validation, test=data.test)
+    loaded = classify.load_base(settings, corpus.labels)
+    rows = [to_rows(loaded.tokenizer, part, corpus.labels, data.max_length) for part in corpus[:2]]
+    params, forward = classify.wrap_base(settings, loaded), classify.forward_of(loaded)[0]
+    classify.begin_run(settings, corpus.labels, corpus.answers)
+
+    def stopped():
+        for event in classify.fit(settings, loaded, params, *rows, forward):
+            if isinstance(event, Step) and event.epoch == 2:
+                raise KeyboardInterrupt
+            yield event
+
+    with pytest.raises(KeyboardInterrupt):
+        _fit(settings, Console(quiet=True), stopped())
+    assert main(["predict", str(settings.output.folder), QUESTION]) == 0
+
+
+def test_python_m_jlora_runs_both_commands(fresh):
+    def run(*args):
+        command = [sys.executable, "-m", "jlora", *args]
+        return subprocess.run(command, capture_output=True, text=True, cwd=fresh.parent, timeout=300)
+
+    trained = run("train", "job.toml", "--optimisation.epochs", "1")
+    assert (trained.returncode, trained.stderr) == (0, "")
+    answered = run("predict", "run", QUESTION, "--json")
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert json.loads(answered.stdout)["question"] == QUESTION
+    wrong = run("predict", "nowhere", QUESTION)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("predict: nowhere holds no run.\n")
+    assert "Traceback" not in wrong.stderr
+
+
+def test_the_console_script_is_this_main():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    module, _, name = project["project"]["scripts"]["jlora"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+def mistake(capsys, *args: str) -> str:
+    """Runs a command that must be refused, and gives its words."""
+    capsys.readouterr()
+    assert main(args) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert "\nFix: " in shown.err
+    return shown.err
+
+
+def change(toml: Path, old: str, new: str) -> None:
+    text = toml.read_text()
+    assert old in text
+    toml.write_text(text.replace(old, new))
+
+
+def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsys):
+    run = fresh.parent / "run"
+    for flag, words in {
+        "--adapter.rank=0": "adapter.rank = 0  expected: a whole number from 1",
+        "--adapter.rank=99": "rank 99, allowed 1 to 32",
+        "--adapter.targets=.*/querry/kernel": "nearest: 'encoder/layer_0/attention/self/query/kernel'",
+        "--model.name=./nowhere": "nowhere",
+        "--data.max-length=100": "the model reads 64 tokens",
+        "--output.folder=job.toml/run": "is a file, not a folder",
+        "--data.test=gone.jsonl": "1 file does not exist.\n",
+    }.items():
+        flag = flag.replace("job.toml", str(fresh))
+        assert words in mistake(capsys, "train", str(fresh), flag), flag
+        assert not run.exists()
+    change(fresh, "rank = 4", "rnak = 4")
+    assert "adapter.rnak is unknown  nearest: adapter.rank" in mistake(capsys, "train", str(fresh))
+    assert "gone.toml does not exist" in mistake(capsys, "train", "gone.toml")
+    assert "name it first: jlora train CONFIG.toml" in mistake(capsys, "train")
+    assert "name it first: jlora train CONFIG.toml" in mistake(capsys, "train", "--adapter.rank", "2", str(fresh))
+    assert not run.exists()
+
+
+def test_mistakes_in_the_data_are_told_before_anything_is_written(fresh, capsys):
+    folder = fresh.parent
+    for name, content, words in (
+        ("train", "{oops\n", "train.jsonl:1  no JSON"),
+        ("validation", "", "validation.jsonl  the file is empty"),
+        ("test", '{"text": "x", "label": "refunds"}\n', "test.jsonl:1  'refunds'  nearest: 'refund'"),
+        ("test", '{"text": "money", "label": "refund"}\n', "'money' is in"),
+        ("answers", '{"label": "refund", "answer": "Yes."}\n', "no answer for 'account'"),
+    ):
+        path = folder / f"{name}.jsonl"
+        before = path.read_text()
+        path.write_text(content)
+        assert words in mistake(capsys, "train", str(fresh))
+        path.write_text(before)
+    assert not (folder / "run").exists()
+
+
+def test_a_run_is_not_written_over_unless_asked(fresh, capsys):
+    run = fresh.parent / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("old\n")
+    (run / "notes.txt").write_text("mine\n")
+    text = mistake(capsys, "train", str(fresh), "--optimisation.epochs=1")
+    assert "run holds a run already.\n" in text
+    assert "--output.overwrite" in text
+    assert (run / "metrics.jsonl").read_text() == "old\n"
+    assert main(["train", str(fresh), "--optimisation.epochs=1", "--output.overwrite"]) == 0
+    assert lines(run / "metrics.jsonl")[-1]["epoch"] == 1
+    assert (run / "notes.txt").read_text() == "mine\n"
+
+
+def test_predict_refuses_what_it_can_not_answer(job, capsys, monkeypatch, tmp_path):
+    run = str(job[1])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert "no question was given" in mistake(capsys, "predict", run)
+    text = mistake(capsys, "predict", run, "fine", " ", "--top", "0")
+    assert "question 2 is blank\n  --top 0  expected: a whole number from 1" in text
+    assert "holds no run" in mistake(capsys, "predict", str(tmp_path), QUESTION)
+
+
+def test_predict_refuses_another_base(job, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny_job.SIZES, "intermediate_size", 48)
+    other = tiny_job.make_model(tmp_path / "other")
+    text = mistake(capsys, "predict", str(job[1]), QUESTION, "--model", str(other))
+    assert "encoder/layer_0/intermediate/dense/kernel" in text
+
+
+def test_exit_codes_tell_a_fault_and_a_stop_from_a_mistake(job, capsys, monkeypatch):
+    for error, code, words in (
+        (KeyboardInterrupt(), 130, "jlora: stopped."),
+        (ValueError("shapes differ"), 1, "Traceback"),
+        (RuntimeError("broken"), 1, "Traceback"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+    ):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("jlora.cli.predict.load_run", fail)
+        assert main(["predict", str(job[1]), QUESTION]) == code
+        assert words in capsys.readouterr().err
+
+
+def test_unknown_flags_exit_with_2_and_help_shows_every_key_with_the_files_value(job, capsys):
+    toml, _ = job
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(toml), "--adapter.rnak", "3"])
+    assert caught.value.code == 2
+    assert "--adapter.rank" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(toml), "--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    for section, keys in tomllib.loads((job[1] / "config.toml").read_text()).items():
+        for key in keys:
+            assert f"--{section}.{key.replace('_', '-')}" in shown
+    assert "(default: 0.02)" in shown
+    for command in ("train", "predict"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0

@@ -1,0 +1,125 @@
+"""The job's TOML file: what is wrong with it is told all at once, and what is right reads back as it was."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jlora.recipes import config as configs
+from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "faq.toml"
+WHOLE = {
+    "model": {"name": "some/model"},
+    "data": {"train": "a.jsonl", "validation": "b.jsonl", "test": "c.jsonl"},
+    "output": {"folder": "out"},
+}
+
+
+def parse(tmp_path: Path, **sections: dict) -> Config:
+    values = {name: WHOLE.get(name, {}) | sections.get(name, {}) for name in WHOLE | sections}
+    return configs.parse(values, source="job.toml", folder=tmp_path)
+
+
+def test_the_shipped_example_reads_and_names_files_that_are_there():
+    config = configs.read(EXAMPLE)
+    assert config.model.name == "sentence-transformers/all-MiniLM-L6-v2"
+    assert (config.adapter.rank, config.adapter.alpha) == (8, 16.0)
+    for path in (config.data.train, config.data.validation, config.data.test, config.data.answers):
+        assert path.is_file()
+    assert configs.check(config) == config
+
+
+def test_paths_are_relative_to_the_file_and_names_on_the_hub_are_left_alone(tmp_path):
+    (tmp_path / "base").mkdir()
+    config = parse(tmp_path)
+    assert config.data.train == tmp_path / "a.jsonl"
+    assert config.model.name == "some/model"
+    assert parse(tmp_path, model={"name": "base"}).model.name == str(tmp_path / "base")
+    assert parse(tmp_path, model={"name": "../x"}).model.name == str(tmp_path.parent / "x")
+
+
+def test_every_wrong_entry_is_listed_at_once_with_the_nearest_known_one(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        parse(
+            tmp_path,
+            model={"name": " ", "poolin": "mean"},
+            data={"max_length": "64", "questions": ["a", 1]},
+            adapter={"rnak": 8, "alpha": -1, "dropout": 1.0, "rslora": 1, "rank": True},
+            optimization={"epochs": 3},
+            optimisation={"epochs": 0, "schedule": "cosin", "learning_rate": float("nan")},
+            output={"folder": 3},
+        )
+    assert str(caught.value) == (
+        "config: 14 entries of job.toml can't be used.\n"
+        "  optimization is unknown  nearest: optimisation\n"
+        "  model.poolin is unknown  nearest: model.pooling\n"
+        "  model.name = ' '  expected: a string\n"
+        "  data.max_length = '64'  expected: a whole number from 3\n"
+        "  data.questions = ['a', 1]  expected: a list of strings\n"
+        "  output.folder = 3  expected: a path\n"
+        "  adapter.rnak is unknown  nearest: adapter.rank\n"
+        "  adapter.rank = True  expected: a whole number from 1\n"
+        "  adapter.alpha = -1  expected: a number above 0\n"
+        "  adapter.dropout = 1.0  expected: a number from 0 to 0.9\n"
+        "  adapter.rslora = 1  expected: true or false\n"
+        "  optimisation.learning_rate = nan  expected: a number above 0\n"
+        '  optimisation.schedule = \'cosin\'  expected: one of "linear", "cosine", "constant"\n'
+        "  optimisation.epochs = 0  expected: a whole number from 1\n"
+        "Fix: correct them; `jlora train --help` lists every key."
+    )
+
+
+def test_missing_entries_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.test is missing  expected: a path\n  output\.folder is missing"):
+        configs.parse({"model": {"name": "m"}, "data": {"train": "a", "validation": "b"}}, source="x", folder=tmp_path)
+    with pytest.raises(ValueError, match=r"data = 3  expected: a section \[data\]"):
+        configs.parse(WHOLE | {"data": 3}, source="x", folder=tmp_path)
+
+
+def test_a_file_that_is_no_toml_or_not_there_is_an_error_that_says_so(tmp_path):
+    (tmp_path / "job.toml").write_text("[model]\nname = oops\n")
+    with pytest.raises(ValueError, match=r"job\.toml is no TOML\.\n  Invalid value \(at line 2"):
+        configs.read(tmp_path / "job.toml")
+    (tmp_path / "job.toml").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="is no TOML"):
+        configs.read(tmp_path / "job.toml")
+    with pytest.raises(FileNotFoundError, match=r"gone\.toml does not exist\.\nFix: pass the path"):
+        configs.read(tmp_path / "gone.toml")
+
+
+def test_values_of_flags_are_checked_as_those_of_the_file_are():
+    config = configs.read(EXAMPLE)
+    wrong = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, rank=0))
+    with pytest.raises(
+        ValueError, match=r"of the command line can't be used\.\n  adapter\.rank = 0  expected: a whole"
+    ):
+        configs.check(wrong)
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+positive = st.floats(1e-8, 1e8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    question=st.lists(text, max_size=3),
+    alpha=st.none() | positive,
+    rate=positive,
+    targets=st.none() | text,
+    rslora=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_config_written_down_reads_back_as_it_was(question, alpha, rate, targets, rslora, seed, tmp_path_factory):
+    config = Config(
+        model=Model(name="some/model"),
+        data=Data(train=Path("/a"), validation=Path("/b c"), test=Path('/d"'), questions=tuple(question)),
+        adapter=Adapter(alpha=alpha, targets=targets, rslora=rslora),
+        optimisation=Optimisation(learning_rate=rate, seed=seed),
+        output=Output(folder=Path("/out")),
+    )
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(configs.to_toml(config), encoding="utf-8", newline="")
+    assert configs.read(path) == config

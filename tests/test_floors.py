@@ -1,0 +1,57 @@
+"""The floors of the house: a file imports only from its own floor and those below."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "jlora"
+HEIGHT = {"core": 0, "training": 1, "models": 2, "interop": 2, "recipes": 3, "cli": 4}
+FILES = sorted(path for floor in HEIGHT for path in (ROOT / floor).rglob("*.py"))
+
+
+def imported(path: Path) -> list[str]:
+    """Every module a file imports, at its top or inside a function."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def floor(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_its_floor_and_below(path: Path) -> None:
+    own = floor(path)
+    for name in imported(path):
+        if name.startswith("jlora."):
+            other = name.split(".")[1]
+            assert other in HEIGHT, f"{path.name} imports {name}: import from the floor that defines it"
+            assert HEIGHT[other] < HEIGHT[own] or other == own or (HEIGHT[other] == HEIGHT[own] == 2), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_core_stands_on_jax_alone_and_nobody_imports_torch(path: Path) -> None:
+    allowed = {"jax", "jaxtyping", "numpy", "jlora"}
+    for name in imported(path):
+        root = name.split(".")[0]
+        assert root not in ("torch", "peft"), f"{path.name} imports {name}"
+        if floor(path) == "core":
+            assert root in allowed or root in sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+def test_only_one_file_knows_the_versions_of_jax() -> None:
+    knowing = {path.name for path in FILES if any(name.startswith("jax.extend") for name in imported(path))}
+    reading = {path.name for path in FILES if floor(path) == "core" and ".params[" in path.read_text()}
+    assert knowing == {"versions.py"}
+    assert reading <= {"versions.py"}
+
+
+def test_no_file_reaches_into_private_jax() -> None:
+    assert not [path.name for path in FILES if any(name.startswith("jax._src") for name in imported(path))]
