@@ -1,6 +1,7 @@
 """BERT against torch's, from checkpoints made on the spot."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 2e-5
 LABELS = ("card", "transfer", "fee", "limit", "other")
+SMALL = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 8}
 
 
 def tiny(**changes):
@@ -149,8 +151,6 @@ def test_classifier_over_pooled_hidden_states_equals_float64(tmp_path, pooling):
 
 
 def test_default_targets_are_every_kernel_but_the_classifiers(tmp_path):
-    import re
-
     make(transformers.BertForSequenceClassification, tiny()).save_pretrained(tmp_path)
     loaded = load_model(tmp_path)
     paths = [path for path in flatten_dict(loaded.params, sep="/") if path.endswith("kernel")]
@@ -185,9 +185,6 @@ def test_more_tokens_than_positions_is_an_error():
     model = Bert(BertConfig(**SMALL))
     with pytest.raises(ValueError, match=r"^Bert: 9 tokens, but there are positions for 8\.\nFix: truncate"):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 9), jnp.int32))
-
-
-SMALL = {"vocab_size": 11, "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 8}
 
 
 def test_values_that_make_no_bert_are_listed_in_one_error():

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_job
 from rich.console import Console
@@ -17,6 +18,7 @@ from jlora.cli.train import _fit
 from jlora.recipes import classify, config
 from jlora.recipes.classify import Step
 from jlora.recipes.data import load_corpus, to_rows
+from jlora.training.checkpoint import restore_adapter
 
 QUESTION = "problem with my courier"
 
@@ -80,8 +82,8 @@ def test_the_same_seed_gives_the_same_run_to_the_bit_and_another_seed_does_not(f
     again = fresh.parent / "run"
     assert (again / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
     base = classify.load_run(again).loaded.params
-    first, second = (classify.restore_adapter(folder / "adapter", base) for folder in (run, again))
-    leaves = classify.jax.tree.leaves
+    first, second = (restore_adapter(folder / "adapter", base) for folder in (run, again))
+    leaves = jax.tree.leaves
     assert all((one == two).all() for one, two in zip(leaves(first), leaves(second), strict=True))
     other = fresh.parent / "other"
     flags = ["--optimisation.seed", "1", "--optimisation.epochs", "1", "--output.folder", str(other)]

@@ -108,7 +108,7 @@ def scan(step):
         (lambda p, x: x @ p["w"].T, kernel(5, 6), "oi"),
         (lambda p, x: jnp.einsum("btd,dhk->bthk", x, p["w"].reshape(6, 2, 4)), kernel(6, 8), "io"),
         (lambda p, x: x @ p["w"].reshape(6, 8), kernel(2, 3, 8), "iio"),
-        (lambda p, x: [x @ w for w in jnp.split(p["w"].astype("bfloat16").astype("float32") * 2.0, 2, 1)], kernel(6, 8), "io"),
+        (lambda p, x: [x @ w for w in jnp.split(p["w"].astype("bfloat16") * 2.0, 2, 1)], kernel(6, 8), "io"),
         (lambda p, x: x @ p["w"][:, ::2], kernel(6, 8), "io"),
         (lambda p, x: x @ p["w"][0] @ p["w"][jnp.array(1)], kernel(3, 6, 6), "sio"),
         (lambda p, x: jax.vmap(lambda w: x @ w)(p["w"]), kernel(3, 6, 5), "sio"),

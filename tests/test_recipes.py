@@ -10,7 +10,7 @@ import pytest
 import tiny_job
 
 from jlora.core.paths import flatten
-from jlora.core.tree import split
+from jlora.core.tree import merge, split
 from jlora.recipes import classify, config
 from jlora.recipes.classify import Epoch, Step
 from jlora.recipes.config import Optimisation
@@ -88,7 +88,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_models_own_logits(job):
     _, loaded, params, (rows, *_), _ = job
     params = with_b(params)
     batch = pad(rows[:5], size=5, length=16, pad_id=0)
-    merged = classify.merge(params)
+    merged = merge(params)
     apply = jax.jit(lambda *args: loaded.model.apply({"params": merged}, *args))
     logits = apply(batch["input_ids"], batch["attention_mask"])
     wide = np.asarray(logits, np.float64)
@@ -110,7 +110,7 @@ def test_evaluation_does_not_depend_on_how_questions_are_batched(job):
     _, loaded, params, (_, rows, _), forward = job
     params = with_b(params)
     together = classify.evaluate(forward, params, rows, batch_size=16, max_length=32, pad_id=0)
-    merged = classify.merge(params)
+    merged = merge(params)
     apply = jax.jit(lambda ids: loaded.model.apply({"params": merged}, ids))
     for n in (0, 7, 23):
         alone = apply(np.array([rows[n].ids]))
@@ -162,7 +162,10 @@ def test_a_run_read_back_predicts_as_the_one_saved(job, tmp_path):
     assert np.array_equal(saved.logits, read.logits)
     texts = [record["text"] for record in tiny_job.questions("test")]
     oracle = np.asarray(jax.nn.softmax(saved.logits))
-    np.testing.assert_allclose(classify.Predictor(run)(texts), oracle, atol=1e-4)
+    plain, merged = classify.forward_of(run.loaded)[1], merge(run.params)
+    for size in (5, 24):
+        found = classify.probabilities(run, plain, merged, texts, batch_size=size)
+        np.testing.assert_allclose(found, oracle, atol=1e-4)
 
 
 def test_a_damaged_run_is_an_error_that_names_the_file(job, tmp_path):

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora.core.errors import complain
-from jlora.recipes.classify import Predictor, Run, load_run
+from jlora.core.tree import merge
+from jlora.recipes.classify import Run, forward_of, load_run, probabilities
 
 
 def predict(folder: Path, questions: Sequence[str], *, top: int, as_json: bool, model: str | None) -> None:
@@ -35,25 +36,29 @@ def predict(folder: Path, questions: Sequence[str], *, top: int, as_json: bool, 
         fix = 'ask as in: jlora predict FOLDER "where is my parcel?" --top 3.'
         raise ValueError(complain("predict", "nothing can be answered.", wrong, fix))
     run = load_run(folder, model=model)
-    for question, probabilities in zip(asked, Predictor(run)(asked), strict=True):
+    plain = forward_of(run.loaded)[1]
+    # Folded into the base, the adapter costs nothing; a batch no larger than needed saves the rest.
+    size = min(len(asked), run.config.optimisation.batch_size)
+    chances = probabilities(run, plain, merge(run.params), asked, batch_size=size)
+    for question, chance in zip(asked, chances, strict=True):
         if as_json:
-            entries = ranked(probabilities, run, top)
+            entries = ranked(chance, run, top)
             print(json.dumps({"question": question, "entries": entries}, ensure_ascii=False))
         else:
-            print(answer_text(question, probabilities, run, top))
+            print(answer_text(question, chance, run, top))
 
 
-def ranked(probabilities: Float[np.ndarray, " labels"], run: Run, top: int) -> list[dict[str, Any]]:
+def ranked(chances: Float[np.ndarray, " labels"], run: Run, top: int) -> list[dict[str, Any]]:
     """The best entries, best first."""
-    best = np.argsort(-probabilities, kind="stable")[:top]
-    entries = [{"label": run.labels[n], "probability": round(float(probabilities[n]), 6)} for n in best]
+    best = np.argsort(-chances, kind="stable")[:top]
+    entries = [{"label": run.labels[n], "probability": round(float(chances[n]), 6)} for n in best]
     return [entry | ({"answer": run.answers[entry["label"]]} if run.answers else {}) for entry in entries]
 
 
-def answer_text(question: str, probabilities: Float[np.ndarray, " labels"], run: Run, top: int = 1) -> str:
+def answer_text(question: str, chances: Float[np.ndarray, " labels"], run: Run, top: int = 1) -> str:
     """A question and its best entries as lines of text."""
     lines = [question]
-    for entry in ranked(probabilities, run, top):
+    for entry in ranked(chances, run, top):
         lines.append(f"  {entry['probability']:.3f}  {entry['label']}")
         if "answer" in entry:
             lines.append(f"         {entry['answer']}")

@@ -86,7 +86,8 @@ def train(config: Config) -> Result:
 
     run = classify.load_run(folder)
     after = classify.evaluate(adapted, run.params, judge, **shapes)
-    merged = classify.evaluate(plain, merge(run.params), judge, **shapes)
+    merged_params = merge(run.params)
+    merged = classify.evaluate(plain, merged_params, judge, **shapes)
     difference = check_agreement(after, merged)
     result = Result(
         before.accuracy,
@@ -105,9 +106,9 @@ def train(config: Config) -> Result:
     console.print(result_table(_table(result, len(judge))))
     console.print(f"Written to {folder}", highlight=False)
     if data.questions:
-        predictor = classify.Predictor(run)
-        for question, probabilities in zip(data.questions, predictor(data.questions), strict=True):
-            console.print(answer_text(question, probabilities, run), highlight=False, markup=False)
+        chances = classify.probabilities(run, plain, merged_params, data.questions, batch_size=size)
+        for question, chance in zip(data.questions, chances, strict=True):
+            console.print(answer_text(question, chance, run), highlight=False, markup=False)
     return result
 
 

@@ -78,9 +78,7 @@ class Family:
 
 
 def build_bert(config: Any, *, head: str | None, pooling: str, dtype: DTypeLike) -> Bert:
-    return Bert(
-        BertConfig.from_hf(config), head=head, pooling=pooling, num_labels=config.num_labels, dtype=dtype
-    )
+    return Bert(BertConfig.from_hf(config), head=head, pooling=pooling, num_labels=config.num_labels, dtype=dtype)
 
 
 FAMILIES = {

@@ -21,7 +21,7 @@ from jlora.core.adapt import adapt
 from jlora.core.errors import complain
 from jlora.core.layouts import A, B
 from jlora.core.paths import Tree, map_with_path
-from jlora.core.tree import join, merge, split, wrap
+from jlora.core.tree import join, split, wrap
 from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config, Optimisation
@@ -352,29 +352,23 @@ def _read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
         raise ValueError(complain("predict", problem, [], "copy the run's folder again, or train again.")) from None
 
 
-class Predictor:
-    """Answers with a run: the adapter folded into the base, so it costs what the base costs."""
+def probabilities(
+    run: Run, forward: Forward, params: Tree, texts: Sequence[str], *, batch_size: int
+) -> Float[np.ndarray, "texts labels"]:
+    """The probability of every entry for every text.
 
-    def __init__(self, run: Run):
-        self.run = run
-        self.params = merge(run.params)
-        self.forward = forward_of(run.loaded)[1]
-
-    def __call__(self, texts: Sequence[str]) -> Float[np.ndarray, "texts labels"]:
-        """The probability of every entry for every text."""
-        tokenizer, options = self.run.loaded.tokenizer, self.run.config
-        max_length = options.data.max_length
-        rows = [Row(ids, 0) for ids in tokenise(tokenizer, texts, max_length)]
-        size = min(len(rows), options.optimisation.batch_size)
-        scores = evaluate(
-            self.forward,
-            self.params,
-            rows,
-            batch_size=size,
-            max_length=max_length,
-            pad_id=tokenizer.pad_token_id,
-        )
-        return np.exp(log_softmax(scores.logits))
+    Args:
+        run: whose tokenizer and limits are used.
+        forward: the jitted model, for wrapped or for plain parameters.
+        params: its parameters.
+        texts: what is asked.
+        batch_size: rows to a batch, filled up where there are fewer texts.
+    """
+    tokenizer, max_length = run.loaded.tokenizer, run.config.data.max_length
+    rows = [Row(ids, 0) for ids in tokenise(tokenizer, texts, max_length)]
+    pad_id = tokenizer.pad_token_id
+    scores = evaluate(forward, params, rows, batch_size=batch_size, max_length=max_length, pad_id=pad_id)
+    return np.exp(log_softmax(scores.logits))
 
 
 def bytes_on_disk(path: Path) -> int:

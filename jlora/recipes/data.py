@@ -91,8 +91,8 @@ def load_corpus(*, train: Path, validation: Path, test: Path, answers: Path | No
     if answers:
         _check_answers(answers, replies, labels)
     train_set, validation_set, test_set = (list(split.values()) for split in splits.values())
-    said = {label: answer for label, answer in replies.values()}
-    return Corpus(train_set, validation_set, test_set, labels, said)
+    said: Any = replies.values()
+    return Corpus(train_set, validation_set, test_set, labels, dict(said))
 
 
 def read_lines(path: Path, names: Sequence[str], wrong: list[str]) -> dict[int, tuple[str, ...]]:
