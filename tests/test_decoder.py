@@ -15,7 +15,7 @@ SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_layers": 3,
+    "num_layers": 2,
     "num_heads": 4,
     "num_kv_heads": 2,
     "rope_theta": 500.0,
@@ -28,7 +28,7 @@ def random_params(model: Decoder, ids: jax.Array) -> dict:
     params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [1.3 * leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    drawn = [1.2 * leaf + 0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)
 
 

@@ -129,8 +129,8 @@ def test_fit_tells_of_every_step_and_the_best_epoch_is_the_one_validation_says(j
     events = list(classify.fit(settings, loaded, params, train, validation, forward))
     steps = [event for event in events if isinstance(event, Step)]
     epochs = [event for event in events if isinstance(event, Epoch)]
-    assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4]
-    assert sum(step.questions for step in steps) == 4 * len(train)
+    assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5]
+    assert sum(step.questions for step in steps) == 5 * len(train)
     assert steps[-1].step == steps[-1].steps
     assert epochs[-1].loss < 0.5 * epochs[0].loss
     ranked = [(epoch.validation.accuracy, -epoch.validation.loss) for epoch in epochs]
