@@ -101,7 +101,7 @@ def learning_curve(path: Path, steps: Sequence[Step], epochs: Sequence[Epoch]) -
         (best.step, best.validation.accuracy),
         xytext=(0, -14),
         textcoords="offset points",
-        ha="center",
+        ha="right",
     )
     accuracy.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1.02))
     for axes in (losses, accuracy):

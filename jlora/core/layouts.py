@@ -9,6 +9,7 @@ Two forms of the pair exist. *Ordered*, for kernels in the order stack, in, out:
 apply, and rank last. The transform works on the aligned form only; `align` turns the first into the second.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -82,28 +83,27 @@ def pair_axes(layout: Layout) -> tuple[tuple[int | None, ...], ...]:
 def read(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
     """The layout that the shapes of a kernel and its pair tell, None if they do not fit each other."""
     if len(a) == len(b) == len(shape) + 1:
-        layout = _read_aligned(shape, a, b, len(scaling))
-    else:
-        stack = len(a) + len(b) - 2 - len(shape)
-        inner = len(a) - 1 - stack
-        layout = "s" * stack + "i" * inner + "o" * (len(shape) - stack - inner)
-        if stack < 0 or not valid(layout, shape):
-            return None
-    rank = a[-1]
-    return layout if layout and pair_shapes(shape, layout, rank) == (a, b, scaling) else None
+        return _read_aligned(shape, a, b, scaling)
+    stack = len(a) + len(b) - 2 - len(shape)
+    inner = len(a) - 1 - stack
+    layout = "s" * stack + "i" * inner + "o" * (len(shape) - stack - inner)
+    if stack < 0 or not valid(layout, shape):
+        return None
+    return layout if pair_shapes(shape, layout, a[-1]) == (a, b, scaling) else None
 
 
-def _read_aligned(shape: Shape, a: Shape, b: Shape, stack: int) -> Layout | None:
-    letters: list[str] = []
-    for n, in_a, in_b in zip(shape, a, b, strict=False):
-        letters.append("1" if n == 1 else "s" if in_a == in_b == n else "i" if in_a == n else "o")
-    # An axis of size 1 looks the same in every role; how many of them are stacked shows in the scaling.
-    missing = stack - letters.count("s")
-    for axis, letter in enumerate(letters):
-        if letter == "1":
-            letters[axis] = "s" if missing > 0 else "i" if "i" not in letters else "o"
-            missing -= letters[axis] == "s"
-    return "".join(letters) if missing == 0 else None
+def _read_aligned(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
+    # An axis of size 1 looks the same in every role, and any roles that fit give the same update.
+    roles = [
+        "sio" if n == 1 else "s" if in_a == in_b == n else "i" if in_a == n else "o"
+        for n, in_a, in_b in zip(shape, a, b, strict=False)
+    ]
+    for letters in itertools.product(*roles):
+        layout = "".join(letters)
+        fits = valid(layout, shape) and not ORDERED.fullmatch(layout)
+        if fits and pair_shapes(shape, layout, a[-1]) == (a, b, scaling):
+            return layout
+    return None
 
 
 def fans(shape: Shape, layout: Layout) -> tuple[int, int]:

@@ -308,7 +308,13 @@ def _dot_general(context: Context, equation: Equation, values: list[Any]) -> lis
     free = [n for n in range(x.ndim) if n not in dot.contract[1 - side] and n not in dot.batch[1 - side]]
     free_w = [label for label, role in zip(labels, roles, strict=True) if role == "o"]
     out = [*dot.batch[1 - side], *(free_w + free if side == 0 else free + free_w)]
-    return [y + _low_rank(context.drop(x, w.path), w.pair, labels, out, dot.precision, y.dtype)]
+    return [y + _low_rank(_for_a(context, x, w, y), w.pair, labels, out, dot.precision, y.dtype)]
+
+
+def _for_a(context: Context, x: Any, w: Adapted, y: Any) -> Float[Array, "..."]:
+    """What A reads: x with dropout. Beside integers and float8 the pair keeps a dtype that can hold it."""
+    floats = [v.dtype for v in (x, w.kernel) if jnp.issubdtype(v.dtype, jnp.floating) and v.dtype.itemsize > 1]
+    return context.drop(x.astype(jnp.result_type(*floats) if floats else y.dtype), w.path)
 
 
 def _low_rank(
@@ -390,7 +396,8 @@ def _gather_factor(factor: Factor, w: Adapted, how: versions.Gather, indices: An
     if indexed:
         sizes = [*_pick(_present(factor, w), how.slice_sizes, 1), factor.shape[-1]]
         dims = dims._replace(offset_dims=(*dims.offset_dims, ndim))
-        return jax.lax.gather(factor, indices, dims, sizes, **how.options)
+        # Where an index is out of bounds the kernel's fill value is the whole answer.
+        return jax.lax.gather(factor, indices, dims, sizes, **how.options | {"fill_value": 0})
     kept = [n for n in range(w.kernel.ndim) if n not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
     factor = factor[tuple(slice(0, min(n, size)) for n, size in zip(factor.shape, how.slice_sizes, strict=False))]
     shape = [1] * ndim
@@ -412,7 +419,7 @@ def _conv(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
         return [y]
     wide = [n for n in range(w.kernel.ndim) if w.kernel.shape[n] > 1]
     axes = [{n for n in wide if _present(f, w)[n]} for f in w.pair]
-    x = context.drop(x, w.path)
+    x = _for_a(context, x, w, y)
     for (a, in_a), (b, in_b) in itertools.permutations(zip(w.pair, axes, strict=True)):
         if how.batch_groups == 1 and in_b <= {out} and out not in in_a:
             return [y + _conv_then_mix(x, a.astype(x.dtype), b.astype(x.dtype), how).astype(y.dtype)]
@@ -459,7 +466,8 @@ def _ragged_dot(context: Context, equation: Equation, values: list[Any]) -> list
         return otherwise(context, equation, values)
     a = jnp.einsum(a, [0, 1, 2, 3], [how.group_axis, inner, 3])
     b = jnp.einsum(b, [0, 1, 2, 3], [how.group_axis, 3, out])
-    narrow = jax.lax.ragged_dot(context.drop(x, w.path), a.astype(x.dtype), sizes, precision=how.precision)
+    x = _for_a(context, x, w, y)
+    narrow = jax.lax.ragged_dot(x, a.astype(x.dtype), sizes, precision=how.precision)
     return [y + jax.lax.ragged_dot(narrow, b.astype(x.dtype), sizes, precision=how.precision).astype(y.dtype)]
 
 
