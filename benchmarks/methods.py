@@ -107,9 +107,7 @@ def merge(case: Case) -> Method:
 
     model, params, batch = _flax(case, scan=case.remat)
     plain = _plain_loss(model)
-    return _adapters_only(
-        case, model, params, lambda params, batch, key: plain(jlora.merge(params), batch), batch
-    )
+    return _adapters_only(case, model, params, lambda params, batch, key: plain(jlora.merge(params), batch), batch)
 
 
 def qwix(case: Case) -> Method:
@@ -316,9 +314,7 @@ def _batch(case: Case) -> tuple[Any, Any]:
     """Token ids and, one place on, their targets: (batch, time) each."""
     import numpy as np
 
-    tokens = np.random.default_rng(1).integers(
-        0, case.vocab_size, (case.batch, case.time + 1), dtype=np.int32
-    )
+    tokens = np.random.default_rng(1).integers(0, case.vocab_size, (case.batch, case.time + 1), dtype=np.int32)
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
@@ -383,11 +379,7 @@ def _copy_weights(case: Case, model: Any) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             name = name.removeprefix("model.").removesuffix(".weight")
-            found = [
-                ours[f"{name}.{last}"]
-                for last in ("kernel", "scale", "embedding")
-                if f"{name}.{last}" in ours
-            ]
+            found = [ours[f"{name}.{last}"] for last in ("kernel", "scale", "embedding") if f"{name}.{last}" in ours]
             (array,) = found
             weight.copy_(torch.from_numpy(array.T.copy() if f"{name}.kernel" in ours else array.copy()))
 

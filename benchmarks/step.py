@@ -55,6 +55,7 @@ class Row:
 
     facts: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     problem: str | None = None
 
 
@@ -109,7 +110,8 @@ def measure(case: Case, names: tuple[str, ...], rounds: int) -> tuple[dict[str, 
         print(f"{name}: {rows[name].problem}", flush=True)
         return None
 
-    machine = settle_machine(start("machine"))
+    load = os.getloadavg()[0]
+    machine = settle_machine(start("machine")) | {"load": load}
     stop(workers.pop("machine"))
     for name in names:
         begun = time.perf_counter()
@@ -124,9 +126,10 @@ def measure(case: Case, names: tuple[str, ...], rounds: int) -> tuple[dict[str, 
         for name in list(workers):
             pipe, process = workers[name]
             pipe.send("step")
-            seconds = settle(name, receive(pipe, process))
-            if seconds is not None and turn >= WARM_UP:
-                rows[name].seconds.append(seconds)
+            times = settle(name, receive(pipe, process))
+            if times is not None and turn >= WARM_UP:
+                rows[name].seconds.append(times[0])
+                rows[name].cpu_seconds.append(times[1])
     for worker in workers.values():
         stop(worker)
     return rows, machine
@@ -166,9 +169,9 @@ def work(pipe: Any, name: str, case: Case) -> None:
         method: Method = METHODS[name](case)
         pipe.send(("ok", method.facts))
         while pipe.recv() == "step":
-            begun = time.perf_counter()
+            begun = time.perf_counter(), time.process_time()
             method.step()
-            pipe.send(("ok", time.perf_counter() - begun))
+            pipe.send(("ok", (time.perf_counter() - begun[0], time.process_time() - begun[1])))
     except ModuleNotFoundError as error:
         pipe.send(("missing", f"{error.name} is not installed"))
     except Exception as error:
@@ -247,6 +250,7 @@ def cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             [
                 name,
                 f"{seconds:.3f}",
+                f"{statistics.median(row['cpu_seconds']):.3f}",
                 *(show(row["ratios"].get(reference), ".2f") for reference in REFERENCES),
                 f"{tokens / seconds:,.0f}",
                 f"{facts['useful_flops'] / seconds / peak:.0%}",
@@ -286,6 +290,7 @@ def markdown(report: dict[str, Any]) -> str:
             "",
             f"- Command: `{report['command'].strip()}`",
             f"- Device: {machine['device']}, {machine['cores']} cores, {machine['platform']}",
+            f"- Load when it began: {machine['load']:.1f} (near 0 on a machine that does nothing else)",
             f"- Python {machine['python']}, {versions}",
             f"- XLA_FLAGS: {machine['xla_flags'] or 'none'}",
             f"- Model: {shape}",

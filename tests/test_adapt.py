@@ -2,9 +2,12 @@
 
 import functools
 import gc
+import math
 import re
 import statistics
 import time
+from collections import UserDict
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -538,3 +541,48 @@ def test_adapter_leaves_without_their_kernel_are_an_error_that_names_them():
 def test_the_functions_own_error_comes_through():
     with pytest.raises(KeyError, match="absent"):
         adapt(lambda params, x: params["absent"])(wrapped(), X)
+
+
+def small():
+    """A wrapped kernel with a random B."""
+    wrapped = wrap({"kernel": jax.random.normal(jax.random.key(0), (6, 4))}, 2)
+    wrapped["kernel_lora_b"] = jax.random.normal(jax.random.key(1), wrapped["kernel_lora_b"].shape)
+    return wrapped
+
+
+def test_arguments_that_only_look_like_trees_pass_as_they_are():
+    fn = adapt(lambda params, x, *rest: x @ params["kernel"])
+    x, params = jnp.ones((3, 6)), small()
+    for other in (UserDict(a=1), MappingProxyType({"a": 1})):
+        np.testing.assert_array_equal(fn(params, x, other), fn(params, x))
+
+
+def test_signed_zeros_are_different_statics():
+    fn = adapt(lambda params, x, sign: x @ params["kernel"] * math.copysign(1.0, sign))
+    x, params = jnp.ones((3, 6)), small()
+    np.testing.assert_array_equal(fn(params, x, 0.0), -fn(params, x, -0.0))
+
+
+def test_every_adapter_that_does_not_fit_is_named_with_its_whole_path():
+    bad = {"encoder": {name: small() for name in ("first", "second")}, "fine": small()}
+    for node in bad["encoder"].values():
+        node["kernel_lora_a"] = jnp.ones((5, 2))
+    with pytest.raises(ValueError, match=r"2 adapters(.|\n)*'params/encoder/first/kernel'(.|\n)*encoder/second/kernel"):
+        adapt(lambda tree: tree)({"params": bad})
+
+
+@pytest.mark.parametrize("view", [lambda w: w[:, jnp.array([2, 0, 3])], lambda w: w[:, :0]], ids=["columns", "nothing"])
+def test_a_choice_of_columns_stays_low_rank(view):
+    fn = lambda params, x: x @ view(params["kernel"])
+    x, params = jnp.ones((3, 6)), small()
+    np.testing.assert_allclose(adapt(fn)(params, x), fn(merge(params), x), rtol=1e-5, atol=1e-6)
+    added = [eqn for eqn in jax.make_jaxpr(adapt(fn))(params, x).eqns if eqn.primitive.name == "add"]
+    assert all(eqn.outvars[0].aval.shape[0] == 3 for eqn in added if eqn.outvars[0].aval.ndim == 2)
+
+
+def test_a_table_of_one_row_is_looked_up():
+    wrapped = wrap({"table": jnp.ones((1, 4))}, 1, targets=["table"])
+    wrapped["table_lora_b"] = jnp.ones((1, 4))
+    fn = lambda params, ids: params["table"][ids] + 1
+    ids = jnp.zeros((2, 3), jnp.int32)
+    np.testing.assert_allclose(adapt(fn)(wrapped, ids), fn(merge(wrapped), ids), rtol=1e-6)

@@ -1,5 +1,6 @@
 """The wrapped tree: what stands beside a kernel, what it counts, and how it comes apart and together."""
 
+from collections import defaultdict
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import jlora
-from jlora.core.paths import flatten
+from jlora.core.paths import flatten, map_with_path
 
 
 def dense(fan_in: int, fan_out: int, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -159,8 +160,8 @@ def test_summary_prints_a_table_that_ends_in_trainable_and_total() -> None:
 
 
 def test_mask_is_true_for_a_b_and_fully_trained_leaves_alone() -> None:
-    mask = flatten(jlora.mask(jlora.wrap(tree(), rank=2, targets=["query"]), train=["norm"]))
-    chosen = {path for path, train in mask.items() if train}
+    mask = jlora.mask(jlora.wrap(tree(), rank=2, targets=["query"]), train=["norm"])
+    chosen = set(jax.tree.leaves(map_with_path(lambda path, train: path if train else None, mask)))
     queries = {f"encoder/layer_{n}/query/kernel_lora_{side}" for n in range(2) for side in "ab"}
     assert chosen == queries | {"norm/scale"}
 
@@ -218,6 +219,20 @@ def test_lists_of_layers_are_trees_too() -> None:
     assert same(jlora.unwrap(wrapped), params)
 
 
+def test_subclasses_of_dict_and_leaves_that_are_no_arrays_stay_as_they_are() -> None:
+    params = defaultdict(dict, dense(6, 4), eps=1e-5)
+    wrapped = jlora.wrap(params, 2)
+    assert isinstance(wrapped, defaultdict) and wrapped.default_factory is dict
+    assert jlora.join(*jlora.split(wrapped))["eps"] == 1e-5
+    assert same(jlora.unwrap(wrapped), params)
+
+
+def test_a_layout_given_for_a_path_is_no_pattern_for_others() -> None:
+    stacked = {"l.0": {"w": jnp.ones((2, 4, 4))}, "l_0": {"w": jnp.ones((4, 4))}}
+    wrapped = jlora.wrap(stacked, 2, layout={"l.0/w": "sio"})
+    assert set(wrapped["l_0"]) == {"w"} and wrapped["l.0"]["w_lora_a"].shape == (2, 4, 2)
+
+
 INTEGERS = {"dense": {"kernel": jnp.ones((4, 4), jnp.int8)}}
 ERRORS = {
     "rank below 1": (lambda: jlora.wrap(dense(6, 4), 0), "rank 0, allowed 1 to 4"),
@@ -233,6 +248,14 @@ ERRORS = {
     "untold layout": (
         lambda: jlora.wrap({"conv": {"kernel": jnp.ones((3, 3, 4, 5))}}),
         r"'conv/kernel' float32\[3, 3, 4, 5\]\nFix: pass layout=jlora.infer_layout.*or layout=",
+    ),
+    "layout for nothing": (
+        lambda: jlora.wrap(dense(6, 4), 2, layout={"dense/kernel": "io", "dense/kernle": "io"}),
+        "1 layout matched no leaf.\n  'dense/kernle'  nearest: 'dense/kernel'",
+    ),
+    "kernel in a list": (
+        lambda: jlora.wrap({"a": [jnp.ones((4, 4))], "b": {"kernel": jnp.ones((4, 4))}}, 2, targets=".*"),
+        "1 kernel directly in a list or tuple(.|\n)*'a/0'",
     ),
     "layout that misfits": (
         lambda: jlora.wrap({"conv": {"kernel": jnp.ones((3, 3, 4))}}, 2, layout={"conv/kernel": "io"}),

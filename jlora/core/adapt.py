@@ -2,7 +2,7 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,14 +12,21 @@ from jaxtyping import Array, Key
 from jlora.core import layouts, versions
 from jlora.core.control import evaluate
 from jlora.core.errors import complain, count
-from jlora.core.layouts import AFFIXES, Layout
-from jlora.core.paths import Path, Tree, children, edit, flatten, join_path, map_with_path, unbox
+from jlora.core.layouts import Layout
+from jlora.core.paths import Path, Tree, children, flatten, map_with_path
 from jlora.core.rules import Adapted, Context
-from jlora.core.tree import adapter_leaf, drop_adapters, kernels
+from jlora.core.tree import drop_adapters, is_wrapped, kernels, replace_kernels
 
-# Traces kept for one adapted function: enough for every bucket of lengths, few enough to hold no old arrays alive.
+# Traces kept for one adapted function: enough for every bucket of lengths, and an end to the arrays fn closed over.
 TRACES = 128
-SETTINGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_threefry_partitionable",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+)
 
 
 def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = False) -> Callable[..., Any]:
@@ -27,16 +34,19 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
 
     `fn` sees exactly the tree it was written for. It is traced once for every structure, shapes and static values
     of its arguments, as under `jax.jit`, and what it computes is then evaluated with each adapted kernel carried
-    next to its A and B; a kernel-sized product of A and B is never formed. Wrapped trees are found in any argument,
-    and a tree without adapters passes as it is. The result can be used under jit, grad, vmap and scan like `fn`.
+    next to its A and B, which are never multiplied with each other, save for the rows of a table that are looked
+    up. Wrapped trees are found in any argument, and a tree without adapters passes as it is. The result can be used
+    under jit, grad, vmap and scan like `fn`.
 
     ::
 
         logits = jlora.adapt(model.apply)({"params": jlora.wrap(params)}, x)
 
     Args:
-      fn: any JAX function. Python numbers, strings and other arguments that are not arrays stay as they are.
-      dropout: rate of dropout on the input of A, where a call passes `lora_key`.
+      fn: any JAX function of pytrees, to pytrees. Arguments that are not arrays, Python numbers among them, stay as
+        they are and are static: another value is another trace, and one that can't be hashed is traced each time.
+      dropout: rate of dropout on what the adapter of a matmul, convolution or expert reads, where a call passes
+        `lora_key`. Gradients are taken of the adapted function then: one taken inside `fn` would drop anew.
       materialize: use W + s AB where a kernel meets an operation that has no low-rank form, instead of an error.
 
     Returns:
@@ -57,7 +67,9 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
         statics = [(n, leaf) for n, leaf in enumerate(leaves) if not _is_array(leaf)]
         signature = _signature(treedef, arrays, statics)
         trace = traces.get(signature) if signature else None
-        if trace is None:
+        if trace:
+            traces.move_to_end(signature)
+        else:
             trace = _trace(fn, treedef, statics, arrays, dropout, materialize)
             if signature and not trace.captures_tracer:
                 traces[signature] = trace
@@ -99,7 +111,8 @@ def _is_array(leaf: Any) -> bool:
 def _signature(treedef: Any, arrays: Sequence[Any], statics: Sequence[tuple[int, Any]]) -> Any:
     """What a trace depends on; None if it can't be told, so nothing is kept."""
     settings = tuple(getattr(jax.config, name) for name in SETTINGS)
-    fixed = tuple((n, type(leaf), leaf) for n, leaf in statics)
+    # By their text, 0.0 and -0.0 differ and nan equals itself.
+    fixed = tuple((n, type(leaf), repr(leaf) if isinstance(leaf, float) else leaf) for n, leaf in statics)
     key = (treedef, tuple(map(jax.typeof, arrays)), fixed, settings, jax.sharding.get_abstract_mesh())
     try:
         hash(key)
@@ -163,39 +176,23 @@ def _evaluate(context: Context, fn: Callable[[Any], Any], inputs: Any) -> tuple[
 
 def _adapted_inputs(tree: Tree) -> Tree:
     """The arguments with every wrapped kernel an `Adapted`, and no adapter leaves."""
+    wrapped = lambda node: is_wrapped(map(str, children(node) or ()))
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=wrapped)
+    # All of them are checked as one tree, so that one error lists every adapter that does not fit.
+    places = {n: _path(keys) for n, (keys, leaf) in enumerate(leaves) if wrapped(leaf)}
+    if not places:
+        return tree
+    twice = len(set(places.values())) < len(places)
+    names = {n: _path(leaves[n][0], whole=twice) for n in places}
+    nodes = {name: leaves[n][1] for n, name in names.items()}
+    told = kernels("adapt", nodes)
+    adapted = replace_kernels(nodes, told, lambda path, kernel, a, b: _adapted(kernel, (a, b), path))
+    return jax.tree.unflatten(treedef, [adapted[names[n]] if n in names else x for n, (_, x) in enumerate(leaves)])
 
-    def is_wrapped(node: Any) -> bool:
-        return any(adapter_leaf(str(name)) for name in children(node) or ())
 
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_wrapped)
-    return jax.tree.unflatten(treedef, [_adapt_node(_path(keys), leaf) for keys, leaf in leaves])
-
-
-def _path(keys: Sequence[Any]) -> Path:
-    """A slash path inside an argument; the argument's own place is left out."""
-    names = [jax.tree_util.keystr((key,), simple=True) for key in keys[2:]]
-    return "/".join(names)
-
-
-def _adapt_node(path: Path, node: Tree) -> Tree:
-    if not children(node):
-        return node
-    told = kernels("adapt", node)
-
-    def change(where: Path, nodes: dict[Any, Any]) -> Mapping[Any, Any]:
-        out = {}
-        for name, leaf in nodes.items():
-            if adapter_leaf(str(name)):
-                continue
-            inner = join_path(where, name)
-            if inner in told:
-                a, b, scaling = (unbox(nodes[f"{name}{affix}"]) for affix in AFFIXES)
-                adapted = _adapted(unbox(leaf), layouts.align(a, b, scaling, told[inner]), join_path(path, inner))
-                leaf = jax.tree.unflatten(jax.tree.structure(leaf), [adapted])
-            out[name] = leaf
-        return out
-
-    return edit(node, change)
+def _path(keys: Sequence[Any], *, whole: bool = False) -> Path:
+    """A slash path inside an argument, or with the argument's own place before it."""
+    return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys[0 if whole else 2 :])
 
 
 def _adapted(kernel: Any, pair: Any, path: Path) -> Adapted:
@@ -227,11 +224,13 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path,
         return _evaluate(context, lambda inputs: fn(inputs[0], *inputs[1]), (marked, args))[0]
 
     leaves, treedef = jax.tree.flatten((params, args))
-    abstract = [n for n, leaf in enumerate(leaves) if _is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)]
-    rest = _Leaves(treedef, [(n, leaf) for n, leaf in enumerate(leaves) if n not in set(abstract)])
-    jax.eval_shape(lambda *arrays: look(*rest.tree(arrays)), *(leaves[n] for n in abstract))
+    statics = [(n, x) for n, x in enumerate(leaves) if not (_is_array(x) or isinstance(x, jax.ShapeDtypeStruct))]
+    fixed = {n for n, _ in statics}
+    arrays = [x for n, x in enumerate(leaves) if n not in fixed]
+    jax.eval_shape(lambda *arrays: look(*_Leaves(treedef, statics).tree(arrays)), *arrays)
     shapes = {path: tuple(value.shape) for path, value in flatten(params).items()}
     usable = [(path, layout) for path, layout in context.reads if layouts.valid(layout, shapes[path])]
-    # A lookup tells more than the first product does: a tied table is a table.
+    # The first read counts, but a lookup tells more than any product does: a tied table is a table.
     usable.sort(key=lambda read: "v" not in read[1])
-    return dict(reversed(usable))
+    first = dict(reversed(usable))
+    return {path: first[path] for path in shapes if path in first}

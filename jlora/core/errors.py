@@ -20,6 +20,11 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> Sequence[str]:
     return difflib.get_close_matches(name, list(names), n=n, cutoff=0.0)
 
 
+def quoted(names: Iterable[str]) -> str:
+    """Names for a list in an error: "'a', 'b'"."""
+    return ", ".join(map(repr, names)) or "none"
+
+
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: "1 kernel", "3 kernels"."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"

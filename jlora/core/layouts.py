@@ -141,7 +141,7 @@ def contract(
 def product(a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]) -> Float[Array, "*axes"]:
     """The sum over rank of an aligned pair, a matmul wherever it can be one."""
     axes = range(a.ndim - 1)
-    labels = [[n for n in axes if f.shape[n] > 1] for f in (a, b)]
+    labels = [[n for n in axes if f.shape[n] != 1] for f in (a, b)]
     parts = [
         (f.reshape([*(f.shape[n] for n in ns), f.shape[-1]]), [*ns, a.ndim])
         for f, ns in zip((a, b), labels, strict=True)

@@ -4,6 +4,7 @@ A container is a mapping (dict, FrozenDict, nnx.State), a list or a tuple; every
 be boxed: one array in a small pytree of its own (nnx.Variable, linen's Partitioned).
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,6 +29,12 @@ def children(tree: Tree) -> dict[Any, Tree] | None:
 
 def rebuild(like: Tree, nodes: Mapping[Any, Tree]) -> Tree:
     """A container of the same kind as `like` that holds `nodes`."""
+    if isinstance(like, dict):
+        # A copy keeps what a subclass holds besides: defaultdict's factory.
+        new = copy.copy(like)
+        new.clear()
+        new.update(nodes)
+        return new
     if isinstance(like, Mapping):
         return type(like)(nodes)  # type: ignore[call-arg]
     items = [nodes.get(index) for index in range(len(like))]
@@ -35,9 +42,9 @@ def rebuild(like: Tree, nodes: Mapping[Any, Tree]) -> Tree:
 
 
 def unbox(leaf: Leaf) -> Any:
-    """The array in a leaf, boxed or plain; None if the leaf holds none."""
+    """The array in a leaf, boxed or plain; None if the leaf holds none, as a Python number does."""
     values = jax.tree.leaves(leaf)
-    return values[0] if len(values) == 1 else None
+    return values[0] if len(values) == 1 and hasattr(values[0], "shape") else None
 
 
 def box(like: Leaf, value: Any, axes: tuple[int | None, ...]) -> Leaf:
@@ -63,8 +70,8 @@ def join_path(path: Path, name: Any) -> Path:
 def flatten(tree: Tree, path: Path = "") -> dict[Path, Any]:
     """All arrays of a tree by slash path, unboxed, in the tree's own order.
 
-    >>> flatten({"dense": {"kernel": 1.0, "bias": 2.0}})
-    {'dense/kernel': 1.0, 'dense/bias': 2.0}
+    >>> list(flatten({"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}))
+    ['dense/kernel', 'dense/bias']
     """
     nodes = children(tree)
     if nodes is None:

@@ -165,7 +165,12 @@ def _scale(context: Context, equation: Equation, values: list[Any]) -> list[Any]
     if isinstance(other, Adapted) or jnp.ndim(other) or (divides and w is not values[0]):
         return otherwise(context, equation, values)
     kernel = _run(equation, [v.kernel if v is w else v for v in values])
-    pair = w.pair and (w.pair[0], w.pair[1] / other if divides else w.pair[1] * other)
+    if w.pair is None:
+        return [replace(w, kernel=kernel)]
+    a, b = w.pair
+    other = jnp.asarray(other).astype(jnp.promote_types(b.dtype, jnp.result_type(other)))
+    b = b.astype(other.dtype)
+    pair = a, b / other if divides else b * other
     return [replace(w, kernel=kernel, pair=pair)]
 
 
@@ -338,7 +343,7 @@ def _low_rank(
     rank = max([x.ndim, *labels]) + 1
     operands = []
     for factor in pair:
-        there = [n for n, size in enumerate(factor.shape[:-1]) if size > 1]
+        there = [n for n, size in enumerate(factor.shape[:-1]) if size != 1]
         array = factor.reshape(*(factor.shape[n] for n in there), factor.shape[-1])
         operands.append((array.astype(x.dtype), [*(labels[n] for n in there), rank]))
     sizes = {label: n for array, ls in operands for label, n in zip(ls, array.shape, strict=True)}
@@ -373,19 +378,23 @@ def _gather(context: Context, equation: Equation, values: list[Any]) -> list[Any
     dims = how.dimensions
     indexed = {*dims.start_index_map, *dims.operand_batching_dims}
     kept = [n for n in range(w.kernel.ndim) if n not in (*dims.collapsed_slice_dims, *dims.operand_batching_dims)]
-    labels = [frozenset[int]()] * y.ndim
+    # A choice along a later axis is a view of a kernel; along the first it is rows of a table, or one of a stack.
+    column = 0 not in indexed
+    chosen = frozenset[int]().union(*(w.labels[n] for n in indexed)) if column else frozenset[int]()
+    labels = [chosen] * y.ndim
     for n, place in zip(kept, dims.offset_dims, strict=True):
-        labels[place] = frozenset() if n in indexed else w.labels[n]
+        labels[place] = chosen if n in indexed else w.labels[n]
     if w.pair is None:
-        if len(kept) > 1:
+        if column or len(kept) > 1:
             return [replace(w, kernel=y, labels=tuple(labels))]
         context.read(w, ["v" if n in indexed else "o" for n in range(w.kernel.ndim)])
         return [y]
-    has = [{_present(f, w)[n] for n in indexed if w.kernel.shape[n] > 1} for f in w.pair]
+    has = [{_present(f, w)[n] for n in indexed if w.kernel.shape[n] != 1} for f in w.pair]
     if any(len(found) > 1 for found in has):
         return otherwise(context, equation, values)
     a, b = (_gather_factor(f, w, how, indices, y.ndim, all(found)) for f, found in zip(w.pair, has, strict=True))
-    if all(all(found) for found in has):
+    of_stack = all(all(found) for found in has) and (len(kept) > 1 or bool(has[0]))
+    if column or of_stack:
         return [replace(w, kernel=y, pair=(a, b), labels=tuple(labels))]
     return [y + jnp.broadcast_to(product(a.astype(y.dtype), b.astype(y.dtype)), y.shape)]
 

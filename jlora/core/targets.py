@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from jlora.core.errors import complain, count, nearest
+from jlora.core.errors import complain, count, nearest, quoted
 from jlora.core.paths import Path
 
 Pattern = str | Iterable[str]
@@ -94,7 +94,7 @@ def check_matches(
             ) from None
         inside = not isinstance(pattern, str) and what != "target"
         if not any(test(path) or (inside and f"/{text}/" in f"/{path}") for path in paths):
-            lost.append(f"{text!r}  nearest: {', '.join(map(repr, nearest(text, paths))) or 'none'}")
+            lost.append(f"{text!r}  nearest: {quoted(nearest(text, paths))}")
     if lost:
         problem = f"{count(len(lost), what)} matched no {kind}."
         raise ValueError(complain(who, problem, lost, "correct the pattern, or delete it."))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from jlora.core import layouts
-from jlora.core.errors import complain, count, nearest
+from jlora.core.errors import complain, count, nearest, quoted
 from jlora.core.layouts import AFFIXES, A, B, Layout
 from jlora.core.paths import (
     Path,
@@ -24,7 +24,7 @@ from jlora.core.paths import (
     unbox,
     union,
 )
-from jlora.core.targets import Pattern, Rule, Targets, is_kernel, matcher, resolve, select
+from jlora.core.targets import Pattern, Rule, Targets, check_matches, is_kernel, matcher, resolve, select
 
 Initializer = Callable[[Key[Array, ""], tuple[int, ...], Any], Float[Array, "fan_in rank"]]
 
@@ -85,8 +85,9 @@ def wrap(
     _check_unwrapped("wrap", leaves)
     if not leaves:
         raise ValueError(complain("wrap", "the tree has no arrays.", [], "pass the model's parameters."))
-    told = _layouts(leaves, layout or {})
-    chosen = _choose(leaves, targets, layout, told)
+    given = _given(leaves, layout or {})
+    told = _layouts(leaves, given)
+    chosen = _choose(leaves, targets, None if layout is None else given)
     rules = {path: _complete(rule, rank, alpha) for path, rule in chosen.items()}
     _check_kernels(leaves, rules, told)
     key = jax.random.key(0) if key is None else key
@@ -108,7 +109,13 @@ def wrap(
                     out[f"{name}{affix}"] = box(node, value, ax)
         return out
 
-    return edit(params, change)
+    wrapped = edit(params, change)
+    placed = flatten(wrapped)
+    lost = [repr(path) for path in rules if f"{path}{A}" not in placed]
+    if lost:
+        problem = f"{count(len(lost), 'kernel')} directly in a list or tuple, where nothing can stand beside it."
+        raise ValueError(complain("wrap", problem, lost, "put it in a dict, or leave it out with targets=."))
+    return wrapped
 
 
 def _key_of(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
@@ -139,32 +146,31 @@ def _new_pair(
     return a, jnp.zeros(shape_b, dtype), jnp.full(shape_scaling, scale, dtype)
 
 
-def _layouts(leaves: Mapping[Path, Any], told: Mapping[str, Layout]) -> dict[Path, Layout]:
-    """A layout for every leaf that has one: told by path or pattern, else known by name."""
+def _given(leaves: Mapping[Path, Any], layout: Mapping[str, Layout]) -> dict[Path, Layout]:
+    """What `layout` says of each leaf: by its very path, else by the first regular expression that matches it."""
+    patterns = {pattern: letters for pattern, letters in layout.items() if pattern not in leaves}
+    check_matches("wrap", patterns, list(leaves), "layout", "leaf")
+    tests = [(matcher(pattern), letters) for pattern, letters in patterns.items()]
+    first = {path: layout.get(path) or next((ls for test, ls in tests if test(path)), None) for path in leaves}
+    return {path: letters for path, letters in first.items() if letters}
+
+
+def _layouts(leaves: Mapping[Path, Any], given: Mapping[Path, Layout]) -> dict[Path, Layout]:
+    """A layout for every leaf that has one: given, else known by name."""
     shapes = {path: tuple(value.shape) for path, value in leaves.items()}
-    out: dict[Path, Layout] = {}
-    for path, shape in shapes.items():
-        layout = told.get(path) or next((told[p] for p in told if p not in leaves and matcher(p)(path)), None)
-        layout = layout or layouts.known(path, shape, shapes)
-        if layout:
-            out[path] = layout
-    return out
+    known = {path: given.get(path) or layouts.known(path, shape, shapes) for path, shape in shapes.items()}
+    return {path: layout for path, layout in known.items() if layout}
 
 
 def _choose(
-    leaves: Mapping[Path, Any],
-    targets: Targets | None,
-    layout: Mapping[str, Layout] | None,
-    told: Mapping[Path, Layout],
+    leaves: Mapping[Path, Any], targets: Targets | None, given: Mapping[Path, Layout] | None
 ) -> dict[Path, Rule]:
     if targets is not None:
         return resolve(targets, leaves)
-    if layout is None:
-        chosen = {path: Rule() for path in leaves if path.rsplit("/", 1)[-1] == "kernel"}
+    if given is None:
+        chosen = [path for path in leaves if path.rsplit("/", 1)[-1] == "kernel"]
     else:
-        tests = [matcher(pattern) for pattern in layout]
-        named = [path for path in leaves if path in layout or any(test(path) for test in tests)]
-        chosen = {path: Rule() for path in named if "v" not in told[path]}
+        chosen = [path for path, layout in given.items() if "v" not in layout]
     if not chosen:
         found = [f"{path!r} {tuple(value.shape)}" for path, value in leaves.items() if is_kernel(path, value)]
         raise ValueError(
@@ -175,7 +181,7 @@ def _choose(
                 "name them with targets=, or pass layout=jlora.infer_layout(fn, params, *args).",
             )
         )
-    return chosen
+    return dict.fromkeys(chosen, Rule())
 
 
 class _Size(NamedTuple):
@@ -284,35 +290,48 @@ def kernels(who: str, params: Tree) -> dict[Path, Layout]:
     if not is_wrapped(leaves):
         raise ValueError(complain(who, "the tree has no adapter.", [], "wrap it first: jlora.wrap(params)."))
     stems = {path[: -len(affix)]: None for path in leaves for affix in AFFIXES if path.endswith(affix)}
-    wrong: list[str] = []
-    found: dict[Path, Layout] = {}
-    for stem in (path for path in leaves if path in stems):
-        layout = _layout_of(stem, leaves)
-        if layout:
-            found[stem] = layout
-    for stem in stems:
-        if stem not in found:
-            have = {affix or "kernel": _shape(leaves, stem + affix) for affix in ("", *AFFIXES)}
-            wrong.append(f"{stem!r}  " + ", ".join(f"{name.removeprefix('_')} {shape}" for name, shape in have.items()))
+    found = {stem: _layout_of(stem, leaves) for stem in (*(path for path in leaves if path in stems), *stems)}
+    wrong = [_misfit(stem, leaves) for stem, layout in found.items() if layout is None]
     if wrong:
         raise ValueError(
             complain(
                 who,
                 f"{count(len(wrong), 'adapter')} doesn't fit its kernel.",
                 wrong,
-                "an adapter belongs to the base it was wrapped on: attach it to that one.",
+                "an adapter belongs to the base it was wrapped on: attach or join it to that one, whole, and pass that "
+                "tree alone, without an optimizer's state.",
             )
         )
-    return found
+    return {stem: layout for stem, layout in found.items() if layout}
 
 
-def _shape(leaves: Mapping[Path, Any], path: Path) -> str:
-    return str(list(leaves[path].shape)) if path in leaves else "missing"
+def _misfit(stem: Path, leaves: Mapping[Path, Any]) -> str:
+    shape = lambda path: list(leaves[path].shape) if path in leaves else "missing"
+    return f"{stem!r}  " + ", ".join(f"{(a or 'kernel').removeprefix('_')} {shape(stem + a)}" for a in ("", *AFFIXES))
 
 
 def _layout_of(stem: Path, leaves: Mapping[Path, Any]) -> Layout | None:
     shapes = [tuple(leaves[stem + affix].shape) for affix in ("", *AFFIXES) if stem + affix in leaves]
     return layouts.read(*shapes) if len(shapes) == 4 else None
+
+
+Replace = Callable[[Path, Any, Float[Array, "*axes rank"], Float[Array, "*axes rank"]], Any]
+
+
+def replace_kernels(params: Tree, told: Mapping[Path, Layout], new: Replace) -> Tree:
+    """Drops the adapters and puts `new(path, kernel, a, b)`, of the aligned pair, in each kernel's place."""
+
+    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+        out = {name: node for name, node in nodes.items() if not adapter_leaf(str(name))}
+        for name, node in out.items():
+            where = join_path(path, name)
+            if where in told:
+                a, b, scaling = (unbox(nodes[f"{name}{affix}"]) for affix in AFFIXES)
+                kernel = new(where, unbox(node), *layouts.align(a, b, scaling, told[where]))
+                out[name] = jax.tree.unflatten(jax.tree.structure(node), [kernel])
+        return out
+
+    return edit(params, change)
 
 
 def unwrap(params: Tree) -> Tree:
@@ -339,18 +358,7 @@ def merge(params: Tree) -> Tree:
       ValueError: the tree has no adapter, or one that doesn't fit its kernel.
     """
     told = kernels("merge", params)
-
-    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
-        out = {name: node for name, node in nodes.items() if not adapter_leaf(str(name))}
-        for name, node in out.items():
-            where = join_path(path, name)
-            if where in told:
-                a, b, scaling = (unbox(nodes[f"{name}{affix}"]) for affix in AFFIXES)
-                merged = layouts.merge_kernel(unbox(node), *layouts.align(a, b, scaling, told[where]))
-                out[name] = jax.tree.unflatten(jax.tree.structure(node), [merged])
-        return out
-
-    return edit(params, change)
+    return replace_kernels(params, told, lambda _, kernel, a, b: layouts.merge_kernel(kernel, a, b))
 
 
 def _trains(who: str, params: Tree, train: Pattern) -> Callable[[Path, Any], bool]:
@@ -409,7 +417,7 @@ def attach(adapter: Tree, base_params: Tree) -> Tree:
     base = flatten(base_params)
     _check_unwrapped("attach", base)
     stems = {path[: -len(A)] for path in flatten(adapter) if path.endswith(A)}
-    lost = [f"{stem!r}  nearest: {nearest(stem, base, 1)}" for stem in sorted(stems - set(base))]
+    lost = [f"{stem!r}  nearest: {quoted(nearest(stem, base, 1))}" for stem in sorted(stems - set(base))]
     if lost:
         raise ValueError(
             complain(

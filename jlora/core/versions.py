@@ -4,6 +4,7 @@ From 0.11 on Jaxpr and ClosedJaxpr are one class, and scan tells its consts and 
 `num_consts` and `num_carry`.
 """
 
+import os
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -214,9 +215,9 @@ def source(equation: Equation) -> str:
         sysconfig.get_paths()["purelib"],
         sysconfig.get_paths()["stdlib"],
         str(Path(__file__).parents[1]),
-        "<",
     )
-    frames = (frame for frame in (trace.frames if trace else ()) if not frame.file_name.startswith(libraries))
+    inside = ("<", *(folder + os.sep for folder in libraries))
+    frames = (frame for frame in (trace.frames if trace else ()) if not frame.file_name.startswith(inside))
     return next((f"{frame.file_name}:{frame.line_num} ({frame.function_name})" for frame in frames), "")
 
 
@@ -247,16 +248,15 @@ def _needed(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
 
 def _reads(equation: Equation, wants: Sequence[bool]) -> list[bool]:
     """For each input of an equation, whether the wanted outputs depend on it; True where that can't be told."""
-    inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
     name = equation.primitive.name
     if name == "cond":
         each = [_reads_of(branch, wants) for branch in branches(equation)]
         return [True, *(any(column) for column in zip(*each, strict=True))]
     if name in ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", REMAT):
-        return _reads_of(body(inner), wants)
+        return _reads_of(body(equation.params.get("jaxpr") or equation.params["call_jaxpr"]), wants)
     if name == "scan":
         # A carry may feed any later step, so every one is wanted; consts and slices are read or not by the body.
-        return _reads_of(body(inner), [True] * len(wants))
+        return _reads_of(scan(equation).body, [True] * len(wants))
     if name == "while":
         loop = while_(equation)
         everything = [True] * len(wants)
