@@ -229,6 +229,7 @@ def cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     head = [
         "method",
         "step s",
+        "cpu s",
         *(f"/ {name}" for name in REFERENCES),
         "tokens/s",
         "of peak",
