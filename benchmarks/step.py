@@ -110,9 +110,15 @@ def measure(case: Case, names: tuple[str, ...], rounds: int) -> tuple[dict[str, 
         print(f"{name}: {rows[name].problem}", flush=True)
         return None
 
+    def look() -> dict[str, Any]:
+        kind, value = start("machine")
+        if kind != "ok":
+            raise RuntimeError(f"the machine could not be measured: {kind}: {value}")
+        stop(workers.pop("machine"))
+        return value
+
     load = os.getloadavg()[0]
-    machine = settle_machine(start("machine")) | {"load": load}
-    stop(workers.pop("machine"))
+    machine = look() | {"load": load}
     for name in names:
         begun = time.perf_counter()
         facts = settle(name, start(name))
@@ -132,14 +138,9 @@ def measure(case: Case, names: tuple[str, ...], rounds: int) -> tuple[dict[str, 
                 rows[name].cpu_seconds.append(times[1])
     for worker in workers.values():
         stop(worker)
+    # Before and after, for what else the machine does may lower the one but not raise the other.
+    machine["matmul_peak"] = max(machine["matmul_peak"], look()["matmul_peak"])
     return rows, machine
-
-
-def settle_machine(reply: tuple[str, Any]) -> dict[str, Any]:
-    kind, value = reply
-    if kind != "ok":
-        raise RuntimeError(f"the machine could not be measured: {kind}: {value}")
-    return value
 
 
 def receive(pipe: Any, process: Any) -> tuple[str, Any]:
@@ -197,7 +198,7 @@ def describe(case: Case) -> dict[str, Any]:
     return {
         "device": name,
         "cores": len(os.sched_getaffinity(0)),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions,

@@ -121,7 +121,10 @@ def align(
     if ORDERED.fullmatch(layout):
         stack, inner, outer = (sum(letter in kind for letter in layout) for kind in ("s", "iv", "o"))
         a = jnp.expand_dims(a, range(stack + inner, stack + inner + outer))
-        b = jnp.moveaxis(jnp.expand_dims(b, range(stack, stack + inner)), stack + inner, -1)
+        # Scaled before it is turned, so that in the gradient nothing stands between the product and the turn, and
+        # XLA makes one product of both; else its CPU backend transposes the activations instead.
+        b = b * jnp.expand_dims(scaling, range(stack, b.ndim)).astype(b.dtype)
+        return a, jnp.expand_dims(jnp.moveaxis(b, stack, -1), range(stack, stack + inner))
     scaling = jnp.expand_dims(scaling, [n for n, letter in enumerate((*layout, "rank")) if letter != "s"])
     return a, b * scaling.astype(b.dtype)
 
@@ -133,9 +136,32 @@ def contract(
     precision: jax.lax.PrecisionLike = None,
     dtype: Any = None,
 ) -> Float[Array, "..."]:
-    """Einstein summation over integer labels; `dtype` is the result's, and accumulated in."""
-    flat = [part for array, labels in operands for part in (array, list(labels))]
-    return jnp.einsum(*flat, list(out), precision=precision, preferred_element_type=dtype)
+    """Einstein summation over integer labels; `dtype` is the result's, and accumulated in.
+
+    Axes that stand together everywhere are contracted as one. A gradient summed over batch and time as two axes
+    makes XLA's CPU backend write a transposed copy of the activations first; over one axis it reads them as they lie.
+    """
+    lists = [list(labels) for _, labels in operands] + [list(out)]
+    sizes = {label: n for array, labels in operands for label, n in zip(labels, array.shape, strict=True)}
+    pairs = [list(itertools.pairwise(labels)) for labels in lists]
+    joined = {
+        first: second
+        for pair in pairs
+        for first, second in pair
+        if all((first, second) in p for p, labels in zip(pairs, lists, strict=True) if {first, second} & {*labels})
+    }
+    heads = [[label for label in labels if label not in joined.values()] for labels in lists]
+
+    def size(label: int) -> int:
+        return sizes[label] * (size(joined[label]) if label in joined else 1)
+
+    flat = [
+        part
+        for (array, _), labels in zip(operands, heads, strict=False)
+        for part in (array.reshape([size(label) for label in labels]), labels)
+    ]
+    y = jnp.einsum(*flat, heads[-1], precision=precision, preferred_element_type=dtype)
+    return y.reshape([sizes[label] for label in out])
 
 
 def product(a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]) -> Float[Array, "*axes"]:
