@@ -3,7 +3,10 @@
 from jlora.core.adapt import adapt, infer_layout
 from jlora.core.targets import Rule
 from jlora.core.tree import Summary, attach, extract, join, mask, merge, split, summary, unwrap, wrap
-from jlora.interop.huggingface import LoadedModel, load_model
+from jlora.interop.huggingface import LoadedModel, load_model, save_model
+from jlora.interop.modules import PeftModule
+from jlora.interop.peft import load_peft, save_peft
+from jlora.recipes.generate import generate, stream
 from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.losses import cross_entropy
 from jlora.training.optimizer import optimizer
@@ -11,6 +14,7 @@ from jlora.training.step import TrainState, make_train_step
 
 __all__ = [
     "LoadedModel",
+    "PeftModule",
     "Rule",
     "Summary",
     "TrainState",
@@ -18,16 +22,21 @@ __all__ = [
     "attach",
     "cross_entropy",
     "extract",
+    "generate",
     "infer_layout",
     "join",
     "load_model",
+    "load_peft",
     "make_train_step",
     "mask",
     "merge",
     "optimizer",
     "restore_adapter",
     "save_adapter",
+    "save_model",
+    "save_peft",
     "split",
+    "stream",
     "summary",
     "unwrap",
     "wrap",

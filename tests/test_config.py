@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlora.recipes import config as configs
-from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output
+from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output, Run
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "faq.toml"
 WHOLE = {
@@ -23,19 +23,25 @@ def parse(tmp_path: Path, **sections: dict) -> Config:
     return configs.parse(values, source="job.toml", folder=tmp_path)
 
 
-def test_the_shipped_example_reads_and_names_files_that_are_there():
+@pytest.mark.parametrize("path", sorted(EXAMPLE.parent.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_shipped_example_reads_as_it_will_after_its_flags(path):
+    config = configs.read(path)
+    assert configs.check(config) == config
+
+
+def test_the_example_names_files_that_are_there():
     config = configs.read(EXAMPLE)
     assert config.model.name == "sentence-transformers/all-MiniLM-L6-v2"
     assert (config.adapter.rank, config.adapter.alpha) == (8, 16.0)
     for path in (config.data.train, config.data.validation, config.data.test, config.data.answers):
         assert path.is_file()
-    assert configs.check(config) == config
 
 
 def test_paths_are_relative_to_the_file_and_names_on_the_hub_are_left_alone(tmp_path):
     (tmp_path / "base").mkdir()
     config = parse(tmp_path)
     assert config.data.train == tmp_path / "a.jsonl"
+    assert str(parse(tmp_path, data={"train": "hub:owner/set"}).data.train) == "hub:owner/set"
     assert config.model.name == "some/model"
     assert parse(tmp_path, model={"name": "base"}).model.name == str(tmp_path / "base")
     assert parse(tmp_path, model={"name": "../x"}).model.name == str(tmp_path.parent / "x")
@@ -47,13 +53,14 @@ def test_every_wrong_entry_is_listed_at_once_with_the_nearest_known_one(tmp_path
             tmp_path,
             model={"name": " ", "poolin": "mean"},
             data={"max_length": "64", "questions": ["a", 1]},
-            adapter={"rnak": 8, "alpha": -1, "dropout": 1.0, "rslora": 1, "rank": True},
+            adapter={"rnak": 8, "alpha": -1, "dropout": 1.0, "rslora": 1, "rank": True, "ranks": {"a": 1.5}},
             optimization={"epochs": 3},
             optimisation={"epochs": 0, "schedule": "cosin", "learning_rate": float("nan")},
+            run={"patience": 0, "mesh": ""},
             output={"folder": 3},
         )
     assert str(caught.value) == (
-        "config: 14 entries of job.toml can't be used.\n"
+        "config: 17 entries of job.toml can't be used.\n"
         "  optimization is unknown  nearest: optimisation\n"
         "  model.poolin is unknown  nearest: model.pooling\n"
         "  model.name = ' '  expected: a string\n"
@@ -63,18 +70,21 @@ def test_every_wrong_entry_is_listed_at_once_with_the_nearest_known_one(tmp_path
         "  adapter.rnak is unknown  nearest: adapter.rank\n"
         "  adapter.rank = True  expected: a whole number from 1\n"
         "  adapter.alpha = -1  expected: a number above 0\n"
+        "  adapter.ranks = {'a': 1.5}  expected: a table of whole numbers\n"
         "  adapter.dropout = 1.0  expected: a number from 0 to 0.9\n"
         "  adapter.rslora = 1  expected: true or false\n"
         "  optimisation.learning_rate = nan  expected: a number above 0\n"
         '  optimisation.schedule = \'cosin\'  expected: one of "linear", "cosine", "constant"\n'
         "  optimisation.epochs = 0  expected: a whole number from 1\n"
+        "  run.patience = 0  expected: a whole number from 1\n"
+        "  run.mesh = ''  expected: a string\n"
         "Fix: correct them; `jlora train --help` lists every key."
     )
 
 
 def test_missing_entries_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.test is missing  expected: a path\n  output\.folder is missing"):
-        configs.parse({"model": {"name": "m"}, "data": {"train": "a", "validation": "b"}}, source="x", folder=tmp_path)
+    with pytest.raises(ValueError, match=r"data\.train is missing  expected: a path\n  output\.folder is missing"):
+        configs.parse({"model": {"name": "m"}, "data": {"validation": "b"}}, source="x", folder=tmp_path)
     with pytest.raises(ValueError, match=r"data = 3  expected: a section \[data\]"):
         configs.parse(WHOLE | {"data": 3}, source="x", folder=tmp_path)
 
@@ -109,15 +119,20 @@ positive = st.floats(1e-8, 1e8)
     alpha=st.none() | positive,
     rate=positive,
     targets=st.none() | text,
+    ranks=st.dictionaries(text, st.integers(1, 99), max_size=2),
     rslora=st.booleans(),
+    mesh=st.none() | text,
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_config_written_down_reads_back_as_it_was(question, alpha, rate, targets, rslora, seed, tmp_path_factory):
+def test_a_config_written_down_reads_back_as_it_was(
+    question, alpha, rate, targets, ranks, rslora, mesh, seed, tmp_path_factory
+):
     config = Config(
         model=Model(name="some/model"),
         data=Data(train=Path("/a"), validation=Path("/b c"), test=Path('/d"'), questions=tuple(question)),
-        adapter=Adapter(alpha=alpha, targets=targets, rslora=rslora),
+        adapter=Adapter(alpha=alpha, targets=targets, ranks=ranks, rslora=rslora),
         optimisation=Optimisation(learning_rate=rate, seed=seed),
+        run=Run(mesh=mesh),
         output=Output(folder=Path("/out")),
     )
     path = tmp_path_factory.mktemp("config") / "config.toml"

@@ -1,29 +1,216 @@
-"""The decoder against transformers' Llama in torch, and against itself."""
+"""The decoder against torch's Llama, Mistral, Qwen and Gemma, from checkpoints made on the spot, and against itself."""
 
 import functools
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 
-from jlora.models.decoder import Decoder, DecoderConfig
+from jlora.interop.huggingface import load_model
+from jlora.models.decoder import Decoder, DecoderConfig, Rope
 
-SIZES = {
-    "vocab_size": 96,
+torch = pytest.importorskip("torch", reason="torch is the oracle, and is not installed")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+TOLERANCE = 2e-5
+VOCABULARY, LAYERS, TIME = 96, 3, 17
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
+COMMON = {
+    "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "rope_theta": 500.0,
-    "norm_eps": 1e-6,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 700.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
 }
 
 
-def random_params(model: Decoder, ids: jax.Array) -> dict:
+def plain(theta):
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+FAMILIES = {
+    "llama": ("Llama", {"rope_parameters": plain(500.0), "rms_norm_eps": 1e-3}),
+    "llama biases": ("Llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    "llama tied": ("Llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True, "head_dim": 12}),
+    "llama linear": ("Llama", {"rope_parameters": plain(800.0) | {"rope_type": "linear", "factor": 3.0}}),
+    "mistral": ("Mistral", {"rope_parameters": plain(300.0), "sliding_window": None}),
+    "mistral window": ("Mistral", {"rope_parameters": plain(300.0), "sliding_window": 5, "head_dim": 16}),
+    "qwen2": ("Qwen2", {"rope_parameters": plain(900.0), "tie_word_embeddings": True}),
+    "qwen2 window": (
+        "Qwen2",
+        {"rope_parameters": plain(900.0), "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {"rope_parameters": plain(400.0), "head_dim": 16, "attention_bias": True}),
+    "gemma": ("Gemma", {"rope_parameters": plain(600.0), "head_dim": 16}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "rope_parameters": plain(600.0),
+            "head_dim": 16,
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": plain(5000.0) | {"rope_type": "linear", "factor": 2.0},
+                "sliding_attention": plain(100.0),
+            },
+            "head_dim": 16,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 24,
+        },
+    ),
+}
+
+
+def make(family, seed=0, **changes):
+    """A torch model with random biases and norms, scaled up until its logits spread."""
+    kind, values = FAMILIES[family]
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config(**COMMON | values | changes)).eval()
+    center = 0.0 if kind.startswith("Gemma") else 1.0
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "norm" in name:
+                value.uniform_(center - 0.5, center + 0.5)
+            elif value.ndim == 1:
+                value.uniform_(-0.3, 0.3)
+            else:
+                value.normal_(std=1.5 * value.shape[-1] ** -0.5)
+    return model
+
+
+def inputs(side, time=TIME):
+    """Ids and mask of three texts, padded on one side or not at all."""
+    ids = np.random.default_rng(1).integers(1, VOCABULARY, (3, time))
+    mask = np.ones_like(ids)
+    if side != "none":
+        for row, length in enumerate((time, 9, 4)):
+            mask[row, length:] = 0
+        if side == "left":
+            mask = mask[:, ::-1].copy()
+    return ids * mask, mask
+
+
+def run_torch(model, ids, mask):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
+
+
+def run_jax(loaded, *args, **options):
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(loaded.model.apply)({"params": loaded.params}, *args, **options)
+
+
+def run_cached(loaded, ids, mask, first=5, slots=TIME + 3):
+    """The logits of a first chunk, then token by token, through the cache."""
+    step = jax.jit(loaded.model.apply)
+    cache, parts, start = loaded.model.init_cache(len(ids), slots), [], 0
+    while start < ids.shape[1]:
+        end = start + (first if start == 0 else 1)
+        with jax.default_matmul_precision("highest"):
+            logits, cache = step({"params": loaded.params}, ids[:, start:end], mask[:, start:end], cache=cache)
+        parts.append(np.asarray(logits))
+        start = end
+    return np.concatenate(parts, axis=1)
+
+
+def close(logits, expected, mask, tolerance=TOLERANCE):
+    keep = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(logits)[keep], expected[keep], atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def checkpoint(request, tmp_path_factory):
+    """A family's checkpoint and its torch model."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    oracle = make(request.param)
+    oracle.save_pretrained(folder)
+    return folder, oracle
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_logits_equal_torch_however_they_are_padded_and_through_the_cache(checkpoint, scan):
+    folder, oracle = checkpoint
+    loaded = load_model(folder, scan=scan)
+    for side in ("none", "left", "right"):
+        ids, mask = inputs(side)
+        expected = run_torch(oracle, ids, mask)
+        assert expected[mask.astype(bool)].std() > 1
+        close(run_jax(loaded, ids, mask), expected, mask)
+        if side != "right":
+            close(run_cached(loaded, ids, mask), expected, mask)
+    ids, mask = inputs("none")
+    close(run_jax(loaded, ids), run_torch(oracle, ids, mask), mask)
+
+
+def test_packed_texts_are_each_as_if_alone(tmp_path):
+    oracle = make("gemma3")
+    oracle.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    ids, mask = inputs("none", 8)
+    alone = run_torch(oracle, ids, mask)
+    packed = np.concatenate([ids[0], ids[1], [0, 0], ids[2]])[None]
+    segments = np.repeat([1, 2, 0, 3], [8, 8, 2, 8])[None]
+    logits = run_jax(loaded, packed, segment_ids=segments)[0]
+    np.testing.assert_allclose(logits[segments[0] > 0].reshape(alone.shape), alone, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("rope", [plain(700.0), LLAMA3], ids=["default", "llama3"])
+def test_older_and_newer_config_styles_say_the_same(tmp_path, rope):
+    oracle = make("llama", rope_parameters=rope)
+    oracle.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    assert config["rope_parameters"]["rope_theta"] == 700.0
+    newer = load_model(tmp_path)
+    scaling = {name: value for name, value in config.pop("rope_parameters").items() if name != "rope_theta"}
+    config |= {"rope_theta": 700.0, "rope_scaling": None if scaling == {"rope_type": "default"} else scaling}
+    file.write_text(json.dumps(config))
+    assert load_model(tmp_path).model.config == newer.model.config
+    ids, mask = inputs("none")
+    close(run_jax(newer, ids), run_torch(oracle, ids, mask), mask)
+
+
+@pytest.mark.parametrize("shards", ["one shard", "several shards"])
+def test_bfloat16_shards_are_read_to_the_bit(tmp_path, shards):
+    model = make("llama tied").to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size="5GB" if shards == "one shard" else "8KB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards == "several shards")
+    oracle = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids, mask = inputs("none")
+    expected = run_torch(oracle, ids, mask)
+    close(run_jax(load_model(tmp_path), ids), expected, mask)
+    stored = load_model(tmp_path, dtype=jnp.bfloat16, compute_dtype=jnp.float32, scan=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(stored.params)} == {jnp.dtype(jnp.bfloat16)}
+    close(run_jax(stored, ids), expected, mask)
+
+
+def random_params(model, ids):
     """Weights large enough that logits spread: at the usual initial size bugs hide."""
     params = jax.jit(model.init)(jax.random.key(0), ids)["params"]
     leaves, structure = jax.tree.flatten(params)
@@ -32,12 +219,12 @@ def random_params(model: Decoder, ids: jax.Array) -> dict:
     return jax.tree.unflatten(structure, drawn)
 
 
-def logits_of(model: Decoder, params: dict, *args: jax.Array) -> jax.Array:
+def logits_of(model, params, *args):
     with jax.default_matmul_precision("highest"):
         return jax.jit(model.apply)({"params": params}, *args)
 
 
-def stack(params: dict, layers: int) -> dict:
+def stack(params, layers):
     """The unrolled tree's layers on one leading axis, as scan holds them."""
     rest = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     blocks = [params[f"layers_{n}"] for n in range(layers)]
@@ -45,74 +232,15 @@ def stack(params: dict, layers: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def ids() -> jax.Array:
-    return jax.random.randint(jax.random.key(2), (2, 17), 0, SIZES["vocab_size"])
+def ids():
+    return jax.random.randint(jax.random.key(2), (2, TIME), 0, SIZES["vocab_size"])
 
 
-def torch_llama(config: DecoderConfig, params: dict):
-    """Llama of transformers with the same weights, mapped by hand."""
-    torch = pytest.importorskip("torch", reason="torch is the oracle and is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is the oracle and is not installed")
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.kv_heads,
-            head_dim=config.head_width,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="eager",
-        )
-    ).eval()
-    assert model.config.rope_parameters["rope_theta"] == config.rope_theta
-    state = {}
-    for path, leaf in traverse_util.flatten_dict(params, sep=".").items():
-        name = re.sub(r"layers_(\d+)", r"layers.\1", path)
-        module, _, kind = name.rpartition(".")
-        name = f"{module}.weight" if module == "lm_head" else f"model.{module}.weight"
-        state[name] = torch.tensor(np.asarray(leaf.T if kind == "kernel" else leaf))
-    left, extra = model.load_state_dict(state, strict=False)
-    assert not extra and set(left) <= {"lm_head.weight"}
-    model.tie_weights()
-    return torch, model
-
-
-@pytest.mark.parametrize("head_dim", [None, 12])
-@pytest.mark.parametrize("tied", [False, True])
-def test_logits_are_those_of_transformers_llama(ids, tied, head_dim):
-    config = DecoderConfig(**SIZES, tie_embeddings=tied, head_dim=head_dim)
-    model = Decoder(config)
-    params = random_params(model, ids)
-    torch, oracle = torch_llama(config, params)
-    with torch.no_grad():
-        expected = oracle(input_ids=torch.tensor(np.asarray(ids)).long()).logits.numpy()
-    assert expected.std() > 1
-    np.testing.assert_allclose(logits_of(model, params, ids), expected, atol=2e-5, rtol=2e-5)
-
-
-def test_right_padding_leaves_the_logits_of_real_tokens_alone(ids):
-    model = Decoder(DecoderConfig(**SIZES))
-    params = random_params(model, ids)
-    mask = jnp.arange(ids.shape[1]) < 11
-    padded = logits_of(model, params, jnp.where(mask, ids, 0), jnp.broadcast_to(mask, ids.shape))
-    np.testing.assert_allclose(padded[:, :11], logits_of(model, params, ids[:, :11]), atol=2e-5)
-
-
-def test_a_masked_token_is_invisible_to_all_that_follow(ids):
-    model = Decoder(DecoderConfig(**SIZES))
-    params = random_params(model, ids)
-    mask = jnp.ones(ids.shape, bool).at[:, 3].set(False)
-    one, other = (model.apply({"params": params}, ids.at[:, 3].set(token), mask).at[:, 3].set(0.0) for token in (5, 6))
-    np.testing.assert_array_equal(one, other)
-
-
+@pytest.mark.parametrize("sliding", [(), (True, False)], ids=["alike", "alternating"])
 @pytest.mark.parametrize("remat", [False, True])
-def test_scanned_equals_unrolled_and_so_do_their_gradients(ids, remat):
-    unrolled, scanned = (Decoder(DecoderConfig(**SIZES, scan=scan, remat=remat)) for scan in (False, True))
+def test_scanned_equals_unrolled_and_so_do_their_gradients(ids, remat, sliding):
+    values = SIZES | {"sliding_layers": sliding, "sliding_window": 4 if sliding else None}
+    unrolled, scanned = (Decoder(DecoderConfig(**values, scan=scan, remat=remat)) for scan in (False, True))
     params = random_params(unrolled, ids)
     stacked = stack(params, SIZES["num_layers"])
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), ids)["params"]
@@ -124,7 +252,6 @@ def test_scanned_equals_unrolled_and_so_do_their_gradients(ids, remat):
     value, grads = jax.jit(jax.value_and_grad(loss(unrolled)))(params)
     other, scanned_grads = jax.jit(jax.value_and_grad(loss(scanned)))(stacked)
     close = functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4)
-    np.testing.assert_allclose(logits_of(scanned, stacked, ids), logits_of(unrolled, params, ids), atol=2e-5, rtol=2e-5)
     close(other, value)
     jax.tree.map(close, scanned_grads, stack(grads, SIZES["num_layers"]))
 
@@ -147,12 +274,143 @@ def test_bfloat16_compute_stays_near_float32(ids):
     assert jnp.abs(logits - expected).mean() < 0.03 * expected.std()
 
 
+def test_default_targets_are_the_layers_kernels_and_not_the_head(ids):
+    for scan in (False, True):
+        params = jax.eval_shape(Decoder(DecoderConfig(**SIZES, scan=scan)).init, jax.random.key(0), ids)["params"]
+        paths = ["/".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        chosen = {path for path in paths if re.fullmatch(Decoder.lora_targets, path)}
+        assert chosen == {path for path in paths if path.endswith("kernel")} - {"lm_head/kernel"}
+
+
 def test_sizes_that_do_not_fit_are_listed_together():
     with pytest.raises(ValueError) as error:
-        DecoderConfig(vocab_size=8, hidden_size=10, intermediate_size=8, num_layers=1, num_heads=4, num_kv_heads=3)
+        DecoderConfig(
+            vocab_size=8,
+            hidden_size=10,
+            intermediate_size=8,
+            num_layers=1,
+            num_heads=4,
+            num_kv_heads=3,
+            sliding_window=0,
+            sliding_layers=(True, False),
+        )
     assert str(error.value) == (
-        "DecoderConfig: 2 sizes do not fit.\n"
+        "DecoderConfig: 4 sizes do not fit.\n"
         "  hidden_size 10 is no multiple of num_heads 4\n"
         "  num_heads 4 is no multiple of num_kv_heads 3\n"
+        "  a sliding_window of 0 tokens sees nothing\n"
+        "  2 sliding_layers for 1 layers\n"
         "Fix: correct them, or pass head_dim."
     )
+
+
+def test_an_unknown_rope_or_activation_is_an_error():
+    with pytest.raises(ValueError, match=r"Rope: unknown choice\.\n  kind is 'llama4', known: default, linear, llama3"):
+        Rope(kind="llama4")
+    with pytest.raises(ValueError, match="activation is 'swish2', known: gelu"):
+        DecoderConfig(**SIZES, activation="swish2")
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 9.0, "factor": 2.0}},
+            "rope_type 'yarn', known: default",
+        ),
+        ({"rope_parameters": {"rope_type": "llamma3", "rope_theta": 9.0}}, "rope_type 'llamma3', known: default"),
+        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu', known: gelu"),
+        ({"rope_parameters": plain(9.0) | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+    ],
+)
+def test_a_config_that_asks_for_what_is_not_computed_is_an_error(tmp_path, changes, words):
+    make("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    assert words in str(error.value) and "\nFix: " in str(error.value)
+
+
+def rewrite(folder, **changes):
+    """Adds tensors to a checkpoint's single file, or drops those given as None."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_tensors_that_a_decoder_does_not_know_or_lacks_are_in_one_error(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    frequencies, stray = "model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.q_norm.weight"
+    rewrite(tmp_path, **{"lm_head.weight": None, frequencies: np.ones(4, np.float32), stray: np.ones(8, np.float32)})
+    rewrite(tmp_path, **{"model.norm.weight": np.ones(31, np.float32)})
+    for scan in (False, True):
+        with pytest.raises(ValueError) as error:
+            load_model(tmp_path, scan=scan)
+        text = str(error.value)
+        assert text.startswith("load_model: 3 tensors in ") and f"{stray!r} is not used by the model" in text
+        assert "'lm_head.weight' is missing" in text and frequencies not in text
+        assert "'model.norm.weight' has shape (31,), the model (32,)" in text
+
+
+def test_a_tied_head_stored_twice_is_read_once_and_has_to_be_the_same(tmp_path):
+    oracle = make("llama tied")
+    oracle.save_pretrained(tmp_path)
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(tmp_path, **{"lm_head.weight": table})
+    ids, mask = inputs("none")
+    expected = run_torch(oracle, ids, mask)
+    close(run_jax(load_model(tmp_path), ids), expected, mask)
+    rewrite(tmp_path, **{"model.embed_tokens.weight": None})
+    close(run_jax(load_model(tmp_path), ids), expected, mask)
+    rewrite(tmp_path, **{"model.embed_tokens.weight": table + 1})
+    with pytest.raises(ValueError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight', to which"):
+        load_model(tmp_path)
+
+
+def test_a_bare_models_tensors_are_found_without_their_prefix(tmp_path):
+    oracle = make("llama tied")
+    oracle.model.save_pretrained(tmp_path)
+    assert "layers.0.mlp.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+    ids, mask = inputs("none")
+    close(run_jax(load_model(tmp_path), ids), run_torch(oracle, ids, mask), mask)
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    words = {f"word{i}": i for i in range(VOCABULARY + 4)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="word0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has 100 tokens, the model's vocabulary 96"):
+        load_model(tmp_path)
+
+
+def test_remote_code_is_never_run(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    file, trace = tmp_path / "config.json", tmp_path / "ran"
+    (tmp_path / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config:\n    pass\n")
+    config = json.loads(file.read_text()) | {"auto_map": {"AutoConfig": "evil.Config"}}
+    file.write_text(json.dumps(config))
+    load_model(tmp_path)
+    file.write_text(json.dumps(config | {"model_type": "evil"}))
+    with pytest.raises(ValueError, match="unknown model_type"):
+        load_model(tmp_path)
+    assert not trace.exists()
+
+
+def test_an_abstract_model_needs_no_weights(tmp_path):
+    make("gemma2").save_pretrained(tmp_path)
+    whole = load_model(tmp_path, scan=True, dtype=jnp.bfloat16)
+    (tmp_path / "model.safetensors").unlink()
+    bare = load_model(tmp_path, scan=True, dtype=jnp.bfloat16, abstract=True)
+    assert bare.model == whole.model
+    jax.tree.map(
+        lambda leaf, shape: np.testing.assert_equal((leaf.shape, leaf.dtype), (shape.shape, shape.dtype)),
+        whole.params,
+        bare.params,
+    )
+    assert {type(leaf) for leaf in jax.tree.leaves(bare.params)} == {jax.ShapeDtypeStruct}

@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from jlora.interop import huggingface
-from jlora.interop.huggingface import FAMILIES, MINILM, MINILM_PACKAGE, load_model, weights
+from jlora.interop.families import FAMILIES, weights
+from jlora.interop.huggingface import MINILM, MINILM_PACKAGE, load_model
 from jlora.models.bert import Bert, BertConfig
 
 pytest.importorskip("transformers")
@@ -40,7 +41,8 @@ def tensors(head="classification", seed=0):
     rng = np.random.default_rng(seed)
     model = Bert(BertConfig(**SIZES), head=head, num_labels=len(LABELS))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    return {w.tensor: rng.normal(size=w.shape).astype(np.float32) for w in weights(FAMILIES["bert"], params)}
+    table = weights(FAMILIES["bert"], params)
+    return {w.tensors[0]: rng.normal(size=w.tensor_shape).astype(np.float32) for w in table}
 
 
 def write(folder, stored, *, architecture="BertForSequenceClassification", labels=LABELS, **changes):
@@ -80,14 +82,14 @@ def message(folder, **options):
 def equal(params, stored):
     """Every parameter is its tensor, in the other layout where it is a kernel."""
     for weight in weights(FAMILIES["bert"], params):
-        array = flatten_dict(params, sep="/")[weight.path]
-        np.testing.assert_array_equal(weight.turn(np.asarray(array)), stored[weight.tensor])
+        array = np.asarray(flatten_dict(params, sep="/")[weight.path])
+        np.testing.assert_array_equal(array.T if weight.transpose else array, stored[weight.tensors[0]])
 
 
 def test_every_parameter_is_its_tensor_and_back(tmp_path):
     stored = tensors()
     loaded = load_model(write(tmp_path, stored))
-    assert {w.tensor for w in weights(FAMILIES["bert"], loaded.params)} == set(stored)
+    assert {w.tensors[0] for w in weights(FAMILIES["bert"], loaded.params)} == set(stored)
     equal(loaded.params, stored)
     kernel = loaded.params["encoder"]["layer_1"]["intermediate"]["dense"]["kernel"]
     np.testing.assert_array_equal(kernel, stored["bert.encoder.layer.1.intermediate.dense.weight"].T)
@@ -148,9 +150,12 @@ def test_a_head_is_made_new_only_where_labels_are_asked_for_and_it_is_lacking(tm
 def test_a_token_classifiers_head_is_not_taken_for_a_text_classifiers(tmp_path):
     stored = tensors()
     write(tmp_path, stored, architecture="BertForTokenClassification")
-    loaded = load_model(tmp_path, labels=LABELS)
+    loaded = load_model(tmp_path, labels=LABELS, head="classification")
     assert sorted(loaded.new) == ["classifier/bias", "classifier/kernel"]
     assert (stored["classifier.weight"] != np.asarray(loaded.params["classifier"]["kernel"]).T).all()
+    own = load_model(tmp_path, labels=LABELS)
+    assert own.model.head == "token_classification" and own.new == ()
+    equal(own.params, stored)
 
 
 def test_parameters_are_stored_in_the_dtype_asked_for(tmp_path):
@@ -216,7 +221,7 @@ def test_a_head_with_another_number_of_labels_is_an_error(tmp_path):
 def test_an_unknown_model_type_names_the_known_ones(tmp_path):
     text = message(write(tmp_path, tensors(), model_type="bertt"))
     assert text.startswith("load_model: unknown model_type in ")
-    assert "'bertt'  nearest: 'bert'" in text and "Fix: take a model of a known type: bert" in text
+    assert "'bertt'  nearest: 'bert'" in text and "Fix: take a model of a known type: llama, mistral, qwen2" in text
 
 
 @pytest.mark.parametrize("values", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])
@@ -279,9 +284,9 @@ def test_a_tensor_that_its_shard_lacks_is_an_error(tmp_path):
         ({"num_labels": 0}, "0 labels"),
         ({"labels": ()}, "0 labels"),
         ({"labels": LABELS[::-1]}, "but the checkpoint's are ['lost card', 'late parcel', 'refund']"),
-        ({"labels": LABELS, "head": None}, "labels were given for a model without a head"),
-        ({"head": "clasification"}, "head 'clasification'"),
-        ({"pooling": "maximum"}, "pooling 'maximum'"),
+        ({"labels": LABELS, "head": None}, "labels were given for head None, which has none"),
+        ({"head": "clasification"}, "head is 'clasification', known: classification"),
+        ({"pooling": "maximum"}, "pooling is 'maximum', known: pooler, mean, cls"),
         ({"revision": "main"}, "revision 'main' of the local folder"),
     ],
 )

@@ -1,7 +1,12 @@
-"""The recipe for classification: its loss, its rates, its best epoch and what it leaves on disk."""
+"""The recipe: what each task learns and measures, the loop around them, and what it leaves on disk."""
 
 import dataclasses
+import json
+import math
+import shutil
+from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,47 +14,88 @@ import numpy as np
 import pytest
 import tiny_job
 
+from jlora.cli.show import hints, model_card
+from jlora.cli.train import held_out, read, rows_of
 from jlora.core.paths import flatten
-from jlora.core.tree import merge, split
-from jlora.recipes import classify, config
-from jlora.recipes.classify import Epoch, Step
+from jlora.core.tree import merge, split, summary
+from jlora.recipes import config as configs
+from jlora.recipes import runs
+from jlora.recipes.batches import pad
 from jlora.recipes.config import Optimisation
-from jlora.recipes.data import load_corpus, pad, to_rows
+from jlora.recipes.fit import Compiled, Evaluation, History, Job, Resumed, Step, fit, make_optimizer, prepare, schedule
+from jlora.recipes.readers import Corpus, Text
+from jlora.recipes.tasks import TASKS, log_softmax
+
+TASK_NAMES = tuple(TASKS)
+MEASURES = {
+    "sequence_classification": {"accuracy"},
+    "token_classification": {"precision", "recall", "f1"},
+    "causal_lm": {"perplexity"},
+    "instruction": {"perplexity"},
+}
+
+
+quick = tiny_job.quick
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """A tiny job: config, base model, wrapped parameters with a non-zero B, and rows of every split."""
+def files(tmp_path_factory):
+    """The TOML file of a job of every task."""
     folder = tmp_path_factory.mktemp("recipes")
-    job = config.read(tiny_job.make_job(folder / "job", tiny_job.make_model(folder / "model")))
-    data = job.data
-    corpus = load_corpus(train=data.train, validation=data.validation, test=data.test)
-    loaded = classify.load_base(job, corpus.labels)
-    params = classify.wrap_base(job, loaded)
-    rows = [to_rows(loaded.tokenizer, part, corpus.labels, data.max_length) for part in corpus[:3]]
-    return job, loaded, params, rows, classify.forward_of(loaded)[0]
+    bert, llama = tiny_job.make_model(folder / "bert"), tiny_job.make_llama(folder / "llama")
+    found = {"sequence_classification": tiny_job.make_job(folder / "job", bert)}
+    for task in TASK_NAMES[1:]:
+        model = bert if task == "token_classification" else llama
+        found[task] = tiny_job.make_other_job(folder / task, model, task)
+    return found
+
+
+@pytest.fixture(scope="module")
+def jobs(files):
+    """A job of every task, its parameters with a B that is not zero."""
+    return {task: make(configs.read(path)) for task, path in files.items()}
+
+
+def make(config):
+    corpus = read(config)
+    loaded = runs.load_base(config, corpus.labels)
+    task = TASKS[config.data.task](config, loaded, corpus.labels)
+    rows = {name: rows_of(config, loaded.tokenizer, corpus, name).rows for name in corpus.splits}
+    params = with_b(runs.wrap_base(config, loaded))
+    return Job(config=config, task=task, params=params, rows=rows["train"], validation=rows["validation"])
 
 
 def with_b(params):
-    """The tree with a B that is not zero."""
-    noise = lambda path, leaf: leaf + 0.1 if "_lora_b" in jax.tree_util.keystr(path) else leaf
-    return jax.tree_util.tree_map_with_path(noise, params)
+    """Params with a B that is not zero, and a new head whose logits spread."""
+
+    def change(path, leaf):
+        name = jax.tree_util.keystr(path)
+        return leaf + 0.1 if "_lora_b" in name else leaf * 30 if "classifier" in name else leaf
+
+    return jax.tree_util.tree_map_with_path(change, params)
+
+
+def settings(config, **sections):
+    """A config with other values, by section."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in sections.items()}
+    return dataclasses.replace(config, **changed)
+
+
+def batch_of(job, rows, size):
+    length = job.config.data.max_length
+    return prepare(pad(job.rows[:rows], size=size, length=length, pad_id=0)).batch
 
 
 def test_the_schedule_rises_over_the_warm_up_and_decays_as_named():
     options = Optimisation(learning_rate=2.0, warmup=0.25)
     steps = np.arange(41)
     rise, rest = steps / 10, (steps - 10) / 30
-    oracles = {
-        "linear": 1 - rest,
-        "cosine": 0.5 * (1 + np.cos(np.pi * rest)),
-        "constant": np.ones(41),
-    }
+    oracles = {"linear": 1 - rest, "cosine": 0.5 * (1 + np.cos(np.pi * rest)), "constant": np.ones(41)}
     for name, after in oracles.items():
-        rate = classify.schedule(dataclasses.replace(options, schedule=name), 40)
+        rate = schedule(dataclasses.replace(options, schedule=name), 40)
         expected = 2 * np.where(steps < 10, rise, after)
         np.testing.assert_allclose([float(rate(n)) for n in steps], expected, atol=1e-6)
-    cold = classify.schedule(dataclasses.replace(options, warmup=0.0), 40)
+    cold = schedule(dataclasses.replace(options, warmup=0.0), 40)
     assert float(cold(0)) == 2.0
 
 
@@ -62,7 +108,7 @@ def test_a_b_and_the_head_move_at_rates_of_their_own():
         "dense": {"kernel_lora_a": jnp.full((3, 2), 2.0), "kernel_lora_b": jnp.full((2, 3), 2.0)},
         "classifier": {"kernel": jnp.full((3, 4), 2.0), "bias": jnp.full(4, 2.0)},
     }
-    tx = classify.make_optimizer(options, 10, adapters)
+    tx = make_optimizer(options, 10, adapters)
     grads = jax.tree.map(lambda leaf: jnp.ones_like(leaf), adapters)
     updates, _ = tx.update(grads, tx.init(adapters), adapters)
     rates = {"kernel_lora_a": 1e-3, "kernel_lora_b": 16e-3, "kernel": 5e-3, "bias": 5e-3}
@@ -70,129 +116,351 @@ def test_a_b_and_the_head_move_at_rates_of_their_own():
         np.testing.assert_allclose(update, -rates[path.split("/")[-1]] * (1 + 0.5 * 2.0), rtol=1e-5)
 
 
-def test_rows_that_fill_a_batch_up_change_neither_loss_nor_gradient(job):
-    _, loaded, params, (rows, *_), _ = job
-    params = with_b(params)
-    loss = jax.jit(jax.value_and_grad(classify.make_loss(loaded, 0.0)))
-    key = jax.random.key(0)
-    three = pad(rows[:3], size=3, length=16, pad_id=0)
-    eight = pad(rows[:3], size=8, length=16, pad_id=0)
-    small, small_grads = loss(params, three, key)
-    large, large_grads = loss(params, eight, key)
-    np.testing.assert_allclose(large * 8, small * 3, rtol=1e-5)
-    for path, grad in flatten(split(large_grads, classify.HEAD)[0]).items():
-        np.testing.assert_allclose(grad * 8, flatten(small_grads)[path] * 3, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("task", ["sequence_classification", "token_classification", "causal_lm"])
+def test_the_loss_is_the_mean_cross_entropy_of_the_models_own_logits_however_the_batch_is_filled(jobs, task):
+    job = jobs[task]
+    loss = jax.jit(jax.value_and_grad(job.task.loss_fn(0.0)))
+    batch = batch_of(job, 3, 3)
+    merged = merge(job.params)
+    packed = {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
+    assert bool(packed) == (task == "causal_lm")
+    with jax.default_matmul_precision("highest"):
+        apply = jax.jit(lambda *args, **options: job.task.loaded.model.apply({"params": merged}, *args, **options))
+        logits = np.asarray(apply(batch["input_ids"], batch["attention_mask"], **packed), np.float64)
+        found, grads = loss(job.params, batch, jax.random.key(0))
+        filled, filled_grads = loss(job.params, batch_of(job, 3, 8), jax.random.key(0))
+    counted = batch["weights"] > 0
+    assert logits[counted].std() > 0.5
+    chances = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(chances, batch["labels"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, -chosen[counted].mean(), rtol=1e-5)
+    np.testing.assert_allclose(filled, found, rtol=1e-5)
+    for path, grad in flatten(split(filled_grads, job.task.trained)[0]).items():
+        np.testing.assert_allclose(grad, flatten(grads)[path], rtol=1e-3, atol=1e-5)
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_models_own_logits(job):
-    _, loaded, params, (rows, *_), _ = job
-    params = with_b(params)
-    batch = pad(rows[:5], size=5, length=16, pad_id=0)
-    merged = merge(params)
-    apply = jax.jit(lambda *args: loaded.model.apply({"params": merged}, *args))
-    logits = apply(batch["input_ids"], batch["attention_mask"])
-    wide = np.asarray(logits, np.float64)
-    chosen = wide[np.arange(5), batch["labels"]]
-    oracle = (np.log(np.exp(wide).sum(-1)) - chosen).mean()
-    found = jax.jit(classify.make_loss(loaded, 0.0))(params, batch, jax.random.key(0))
-    np.testing.assert_allclose(found, oracle, rtol=1e-5)
-
-
-def test_dropout_draws_by_its_key(job):
-    _, loaded, params, (rows, *_), _ = job
-    batch = pad(rows[:5], size=5, length=16, pad_id=0)
-    loss = jax.jit(classify.make_loss(loaded, 0.5))
-    first, again, other = (float(loss(with_b(params), batch, jax.random.key(n))) for n in (1, 1, 2))
+def test_dropout_draws_by_its_key(jobs):
+    job = jobs["sequence_classification"]
+    loss = jax.jit(job.task.loss_fn(0.5))
+    first, again, other = (float(loss(job.params, batch_of(job, 5, 5), jax.random.key(n))) for n in (1, 1, 2))
     assert first == again != other
 
 
-def test_evaluation_does_not_depend_on_how_questions_are_batched(job):
-    _, loaded, params, (_, rows, _), forward = job
-    params = with_b(params)
-    together = classify.evaluate(forward, params, rows, batch_size=16, max_length=32, pad_id=0)
-    merged = merge(params)
-    apply = jax.jit(lambda ids: loaded.model.apply({"params": merged}, ids))
+def test_evaluation_does_not_depend_on_how_texts_are_batched(jobs):
+    job = jobs["sequence_classification"]
+    together = job.task.score(job.params, job.validation)
+    merged = merge(job.params)
+    apply = jax.jit(lambda ids: job.task.loaded.model.apply({"params": merged}, ids))
     for n in (0, 7, 23):
-        alone = apply(np.array([rows[n].ids]))
-        np.testing.assert_allclose(together.logits[n], alone[0], atol=1e-4)
-    classes = np.array([row.label for row in rows])
-    assert together.accuracy == (together.logits.argmax(-1) == classes).mean()
+        alone = apply(np.array([job.validation[n].ids]))
+        np.testing.assert_allclose(together.outputs[n], alone[0], atol=1e-4)
+    classes = np.array([row.targets for row in job.validation])
+    assert together.metrics["accuracy"] == (together.outputs.argmax(-1) == classes).mean()
+
+
+def test_an_evaluations_loss_weighs_every_token_alike(jobs):
+    job = jobs["instruction"]
+    params, task = merge(job.params), job.task
+    total = targets = 0.0
+    for row in job.validation:
+        part = task.score(params, [row], merged=True)
+        total, targets = total + part.loss * row.weights.sum(), targets + row.weights.sum()
+    found = task.score(job.params, job.validation)
+    assert found.loss == pytest.approx(total / targets, rel=1e-5)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(found.loss))
 
 
 def test_log_softmax_holds_for_logits_that_would_overflow():
     logits = np.array([[1000.0, 0.0], [-3.0, -3.0]], np.float32)
-    np.testing.assert_allclose(classify.log_softmax(logits), [[0, -1000], [-np.log(2)] * 2])
+    np.testing.assert_allclose(log_softmax(logits), [[0, -1000], [-np.log(2)] * 2])
 
 
-def test_fit_tells_of_every_step_and_the_best_epoch_is_the_one_validation_says(job):
-    settings, loaded, params, (train, validation, _), forward = job
-    events = list(classify.fit(settings, loaded, params, train, validation, forward))
+def test_fit_tells_of_every_step_and_the_best_evaluation_is_the_one_validation_says(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    job = dataclasses.replace(job, params=runs.wrap_base(job.config, job.task.loaded))
+    compiled, *events = fit(job, tmp_path)
+    assert isinstance(compiled, Compiled) and compiled.held > 4 * summary(job.params).total and compiled.temporary > 0
     steps = [event for event in events if isinstance(event, Step)]
-    epochs = [event for event in events if isinstance(event, Epoch)]
-    assert [epoch.epoch for epoch in epochs] == [1, 2, 3, 4, 5]
-    assert sum(step.questions for step in steps) == 5 * len(train)
-    assert steps[-1].step == steps[-1].steps
-    assert epochs[-1].loss < 0.5 * epochs[0].loss
-    ranked = [(epoch.validation.accuracy, -epoch.validation.loss) for epoch in epochs]
-    assert [epoch.best for epoch in epochs] == [
+    found = [event for event in events if isinstance(event, Evaluation)]
+    assert [event.epoch for event in found] == [1, 2, 3, 4, 5]
+    assert sum(step.targets for step in steps) == 5 * len(job.rows)
+    assert sum(step.tokens for step in steps) == 5 * sum(len(row.ids) for row in job.rows) + filled(job)
+    assert steps[-1].step == steps[-1].steps == job.steps
+    assert found[-1].loss < 0.5 * found[0].loss
+    ranked = [(event.metrics["accuracy"], -event.loss) for event in found]
+    assert [event.best for event in found] == [
         all(one > earlier for earlier in ranked[:n]) for n, one in enumerate(ranked)
     ]
-    # What an epoch hands out is still there after later steps, and the base never moved.
-    for epoch in epochs:
-        scores = classify.evaluate(forward, epoch.params, validation, batch_size=16, max_length=32, pad_id=0)
-        assert scores.loss == epoch.validation.loss
-        frozen = flatten(split(epoch.params, classify.HEAD)[1])
-        for path, leaf in flatten(split(params, classify.HEAD)[1]).items():
-            assert np.array_equal(frozen[path], leaf)
+    # What an evaluation hands out is still there after later steps, and the base never moved.
+    frozen = flatten(split(job.params, job.task.trained)[1])
+    for event in found:
+        assert job.task.score(event.params, job.validation).loss == event.loss
+        after = flatten(split(event.params, job.task.trained)[1])
+        assert all(np.array_equal(after[path], leaf) for path, leaf in frozen.items())
+    written = [event._replace(params=None) if isinstance(event, Evaluation) else event for event in events]
+    history = History(tmp_path / "metrics.jsonl")
+    assert history.rewind(history.position) == written
 
 
-def test_a_run_read_back_predicts_as_the_one_saved(job, tmp_path):
-    settings, _, params, (_, _, test), forward = job
-    settings = dataclasses.replace(settings, output=dataclasses.replace(settings.output, folder=tmp_path / "run"))
-    params = with_b(params)
-    params["classifier"]["kernel"] = params["classifier"]["kernel"] * 3
+def filled(job) -> int:
+    """Rows that fill batches up hold one token each, over all epochs."""
+    size = job.config.optimisation.batch_size
+    return 5 * (len(job.batches) * size - len(job.rows))
+
+
+def test_steps_and_the_times_of_evaluations_are_as_told(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    config = settings(job.config, optimisation={"steps": 5}, run={"evaluate_every": 2}, output={"log_every": 3})
+    events = list(fit(dataclasses.replace(job, config=config), tmp_path / "one"))[1:]
+    assert [(type(event).__name__, event.step) for event in events] == [
+        ("Step", 2),
+        ("Evaluation", 2),
+        ("Step", 3),
+        ("Step", 4),
+        ("Evaluation", 4),
+        ("Step", 5),
+        ("Evaluation", 5),
+    ]
+    assert (events[-1].epoch, job.steps, len(job.batches)) == (1, 45, 9)
+    # A rate of next to nothing never makes it better than the first time.
+    still = settings(config, optimisation={"learning_rate": 1e-30}, run={"evaluate_every": 1, "patience": 2})
+    job = dataclasses.replace(job, config=still)
+    assert [event.step for event in fit(job, tmp_path / "two") if isinstance(event, Evaluation)] == [1, 2, 3]
+    again = list(fit(job, tmp_path / "two"))
+    assert isinstance(again[-1], Resumed) and again[-1].step == 3
+
+
+def test_parts_of_a_batch_one_after_the_other_train_as_the_whole(jobs, tmp_path):
+    job = jobs["causal_lm"]
+    assert len({int(row.weights.sum()) for row in job.rows}) > 1
+    told = {}
+    for accumulate in (1, 4):
+        options = {"accumulate": accumulate, "steps": 3, "optimizer": "sgd", "learning_rate": 0.1, "warmup": 0.0}
+        config = settings(job.config, optimisation=options, adapter={"dropout": 0.0}, output={"log_every": 1})
+        with jax.default_matmul_precision("highest"):
+            *_, told[accumulate] = fit(dataclasses.replace(job, config=config), tmp_path / str(accumulate))
+    assert told[1].loss == pytest.approx(told[4].loss, abs=1e-5)
+    for path, leaf in flatten(told[1].params).items():
+        np.testing.assert_allclose(flatten(told[4].params)[path], leaf, atol=1e-5)
+    moved = max(float(abs(leaf - flatten(job.params)[path]).max()) for path, leaf in flatten(told[1].params).items())
+    assert moved > 1e-2
+    losses = [[line["loss"] for line in tiny_job.lines(tmp_path / name)] for name in ("1", "4")]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+def test_other_optimizers_and_layers_with_ranks_of_their_own_train(files, tmp_path):
+    config = configs.read(files["sequence_classification"])
+    options = {"optimizer": "adafactor", "steps": 6, "schedule": "constant", "warmup": 0.0}
+    config = settings(
+        config, adapter={"ranks": {".*/(query|key)/kernel": 2, ".*/value/kernel": 3}}, optimisation=options
+    )
+    job = make(config)
+    ranks = {row.path: row.rank for row in summary(job.params).rows if row.rank}
+    assert len(ranks) == 6
+    for path, rank in ranks.items():
+        assert rank == (2 if "/query/" in path or "/key/" in path else 3 if "/value/" in path else 4)
+    evaluations = [event.loss for event in fit(job, tmp_path) if isinstance(event, Step)]
+    assert evaluations[-1] < evaluations[0]
+
+
+def test_scan_and_remat_change_the_computing_and_not_the_loss_and_bfloat16_is_near(files):
+    config = configs.read(files["causal_lm"])
+    found = {}
+    for name, switches in {
+        "plain": {},
+        "remat": {"remat": True},
+        "scan": {"scan": True, "remat": True},
+        "bfloat16": {"dtype": "bfloat16"},
+        "mixed": {"compute_dtype": "bfloat16"},
+    }.items():
+        job = make(settings(config, model=switches))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(job.params)} <= {
+            switches.get("dtype", "float32"),
+            "float32",
+        }
+        loss = jax.jit(job.task.loss_fn(0.0))
+        # B as it begins, for layers that are stacked draw another A.
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf - 0.1 if "_lora_b" in jax.tree_util.keystr(path) else leaf, job.params
+        )
+        with jax.default_matmul_precision("highest"):
+            found[name] = float(loss(params, batch_of(job, 3, 4), jax.random.key(0)))
+    assert found["remat"] == pytest.approx(found["plain"], abs=1e-5)
+    assert found["scan"] == pytest.approx(found["plain"], abs=1e-5)
+    for name in ("bfloat16", "mixed"):
+        assert found[name] == pytest.approx(found["plain"], rel=0.02)
+        assert found[name] != found["plain"]
+
+
+def test_a_run_read_back_scores_as_the_one_saved(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    config = settings(job.config, output={"folder": tmp_path / "run"})
+    params = job.params | {"classifier": {name: leaf * 3 for name, leaf in job.params["classifier"].items()}}
     answers = {label: f"About {label}." for label in tiny_job.TOPICS}
-    classify.begin_run(settings, sorted(tiny_job.TOPICS), answers)
-    classify.save_params(tmp_path / "run", params)
-    run = classify.load_run(tmp_path / "run")
-    assert (run.labels, dict(run.answers)) == (tuple(sorted(tiny_job.TOPICS)), answers)
-    shapes = {"batch_size": 16, "max_length": 32, "pad_id": 0}
-    saved = classify.evaluate(forward, params, test, **shapes)
-    read = classify.evaluate(forward, run.params, test, **shapes)
-    assert np.array_equal(saved.logits, read.logits)
-    texts = [record["text"] for record in tiny_job.questions("test")]
-    oracle = np.asarray(jax.nn.softmax(saved.logits))
-    plain, merged = classify.forward_of(run.loaded)[1], merge(run.params)
-    for size in (5, 24):
-        found = classify.probabilities(run, plain, merged, texts, batch_size=size)
-        np.testing.assert_allclose(found, oracle, atol=1e-4)
+    runs.begin_run(config, sorted(tiny_job.TOPICS), answers)
+    runs.save_best(tmp_path / "run", params, job.task)
+    run = runs.load_run(tmp_path / "run")
+    assert (run.task.labels, dict(run.answers)) == (tuple(sorted(tiny_job.TOPICS)), answers)
+    saved, back = job.task.score(params, job.validation), run.task.score(run.params, job.validation)
+    assert np.array_equal(saved.outputs, back.outputs)
 
 
-def test_a_damaged_run_is_an_error_that_names_the_file(job, tmp_path):
-    settings, _, params, _, _ = job
-    settings = dataclasses.replace(settings, output=dataclasses.replace(settings.output, folder=tmp_path))
-    classify.begin_run(settings, sorted(tiny_job.TOPICS), {})
+def test_a_damaged_run_is_an_error_that_names_the_file(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    config = settings(job.config, output={"folder": tmp_path})
+    runs.begin_run(config, sorted(tiny_job.TOPICS), {})
     with pytest.raises(FileNotFoundError, match=r"holds no run\.\n  .*adapter\nFix: pass the folder that"):
-        classify.load_run(tmp_path)
-    classify.save_params(tmp_path, params)
+        runs.load_run(tmp_path)
+    runs.save_best(tmp_path, job.params, job.task)
     (tmp_path / "labels.json").write_text('[{"lable": "a"}]')
     with pytest.raises(ValueError, match=r"labels\.json is damaged: KeyError\('label'\)"):
-        classify.load_run(tmp_path)
+        runs.load_run(tmp_path)
 
 
-def test_more_tokens_than_the_model_has_positions_is_an_error(job):
-    settings = job[0]
-    long = dataclasses.replace(settings, data=dataclasses.replace(settings.data, max_length=65))
+def test_more_tokens_than_the_model_has_positions_is_an_error(jobs):
+    long = settings(jobs["sequence_classification"].config, data={"max_length": 65})
     with pytest.raises(ValueError, match=r"max_length is 65, the model reads 64 tokens\.\nFix: set max_length to 64"):
-        classify.load_base(long, ["a", "b"])
+        runs.load_base(long, ["a", "b"])
 
 
-def test_an_unwritable_folder_is_found_out_before_anything_is_made(tmp_path):
+def in_folder(job, folder, **output):
+    return settings(job.config, output={"folder": folder, **output})
+
+
+def test_an_unwritable_folder_or_a_full_disk_is_found_out_before_anything_is_made(jobs, tmp_path, monkeypatch):
+    job = jobs["sequence_classification"]
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"file is a file, not a folder"):
-        classify.check_folder(tmp_path / "file" / "run", overwrite=False)
-    classify.check_folder(tmp_path / "deep" / "run", overwrite=False)
+        runs.check_folder(in_folder(job, tmp_path / "file" / "run"))
+    assert runs.check_folder(in_folder(job, tmp_path / "deep" / "run"), needed=1000) is False
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
+    with pytest.raises(OSError, match=r"has 999 bytes left, the run needs about 1,000\.\nFix: make room, or choose"):
+        runs.check_folder(in_folder(job, tmp_path / "deep" / "run"), needed=1000)
     assert not (tmp_path / "deep").exists()
     if Path("/proc/self").is_dir():
         with pytest.raises(PermissionError, match="can't be written to"):
-            classify.check_folder(Path("/proc/self/run"), overwrite=False)
+            runs.check_folder(in_folder(job, Path("/proc/self/run")))
+
+
+def test_a_run_is_gone_on_with_by_the_same_job_only(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    config = in_folder(job, tmp_path / "run")
+    runs.begin_run(config, ["a"], {})
+    assert runs.check_folder(config) is True
+    # What changes nothing of the outcome may change: and a run may be moved.
+    (tmp_path / "run").rename(tmp_path / "moved")
+    free = {"run": {"mesh": "data=1", "keep": 5, "save_every": 3}, "optimisation": {"max_skipped": 3}}
+    config = settings(in_folder(job, tmp_path / "moved", tensorboard=True), **free)
+    assert runs.check_folder(config) is True
+    with pytest.raises(FileExistsError, match=r"unfinished run of another job\.\n  was rank = 4\n  now rank = 5\nFix"):
+        runs.check_folder(settings(config, adapter={"rank": 5}))
+    with pytest.raises(ValueError, match=r"classes or answers of the data are not those of .*labels\.json"):
+        runs.begin_run(config, ["b"], {}, resume=True)
+    assert runs.check_folder(settings(config, output={"overwrite": True})) is False
+    (tmp_path / "moved" / "result.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        runs.check_folder(config)
+
+
+def test_a_run_killed_while_it_is_begun_can_be_begun_again(jobs, tmp_path, monkeypatch):
+    job = jobs["sequence_classification"]
+
+    class Killed(BaseException):
+        pass
+
+    write = runs.write_whole
+    for n, last in enumerate(("config.toml", "labels.json")):
+
+        def killed(path, text, last=last):
+            if path.name == last:
+                raise Killed
+            write(path, text)
+
+        config = in_folder(job, tmp_path / str(n))
+        monkeypatch.setattr(runs, "write_whole", killed)
+        with pytest.raises(Killed):
+            runs.begin_run(config, ["a"], {})
+        monkeypatch.setattr(runs, "write_whole", write)
+        resume = runs.check_folder(config)
+        runs.begin_run(config, ["a"], {}, resume=resume)
+        assert configs.read(tmp_path / str(n) / "config.toml") == config
+        assert json.loads((tmp_path / str(n) / "labels.json").read_text()) == [{"label": "a"}]
+
+
+def test_records_held_out_are_the_same_each_time_and_none_is_lost():
+    corpus = Corpus({"train": [Text(str(n)) for n in range(20)]}, (), {})
+    found = held_out(corpus, 0.25, 0)
+    assert held_out(corpus, 0.25, 0) == found != held_out(corpus, 0.25, 1)
+    assert len(found.splits["validation"]) == 5
+    both = found.splits["train"] + found.splits["validation"]
+    assert sorted(both) == sorted(corpus.splits["train"])
+    with pytest.raises(ValueError, match="1 record can't be shared"):
+        held_out(Corpus({"train": [Text("a")]}, (), {}), 0.25, 0)
+
+
+Curve = namedtuple("Curve", "training validation")
+CURVES = {
+    "goes on": Curve([4.0, 3.0, 2.0, 1.5, 1.2, 1.0, 0.8, 0.6], [3.0, 2.0, 1.5, 1.4]),
+    "stalled": Curve([4.0, 3.0, 2.5, 2.5, 2.5, 2.5, 2.5, 2.5], [3.0, 2.6, 2.6, 2.6]),
+    "stalled at nothing": Curve([4.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], [3.0, 0.2, 0.2, 0.2]),
+    "rising": Curve([4.0, 3.0, 2.0, 1.5, 1.0, 0.5, 0.2, 0.1], [2.0, 1.5, 1.8, 2.4]),
+    "not finite": Curve([math.nan] * 8, [math.nan] * 4),
+}
+
+
+@pytest.mark.parametrize(
+    "curve, rank, expected",
+    [
+        ("goes on", 8, None),
+        ("stalled", 8, "Training loss stalled at 2.500 with rank 8: try rank 16, or a higher learning rate."),
+        ("stalled", 64, None),
+        ("stalled at nothing", 8, None),
+        (
+            "rising",
+            8,
+            "Validation loss rose from 1.500 to 2.400 since evaluation 2 of 4: try a smaller rank than 8, more "
+            "dropout, or a lower learning rate. The best adapter was kept.",
+        ),
+        ("rising", 1, "Validation loss rose from 1.500 to 2.400 since evaluation 2 of 4: try more dropout"),
+        ("not finite", 8, None),
+    ],
+)
+def test_hints_say_what_the_curves_show(jobs, curve, rank, expected):
+    steps = [Step(n, 8, 1, 1, 1, loss, 1e-3, 1.0, 0) for n, loss in enumerate(CURVES[curve].training, 1)]
+    found = [Evaluation(n, n, loss, {}, n == 1, None) for n, loss in enumerate(CURVES[curve].validation, 1)]
+    config = settings(jobs["sequence_classification"].config, adapter={"rank": rank})
+    said = hints([*steps, *found], config)
+    assert len(said) == (expected is not None)
+    assert all(hint.startswith(expected) for hint in said)
+
+
+def test_the_card_names_base_data_settings_metrics_and_how_to_load(jobs):
+    config = jobs["sequence_classification"].config
+    card = model_card(config, {"best_step": 7, "after": {"accuracy": 0.5}}, 'jlora predict runs/x "why"')
+    assert f"# LoRA adapter for {config.model.name}" in card
+    assert f"- train: `{config.data.train}`" in card
+    assert '| after | {"accuracy": 0.5} |' in card
+    assert 'jlora predict runs/x "why"' in card
+    assert "params = jlora.merge(run.params)" in card
+    assert configs.to_toml(config) in card
+    assert f"jax {jax.__version__}" in card
+
+
+@pytest.mark.parametrize(
+    "mesh, words",
+    [
+        ("data", r"run\.mesh = 'data' is no mesh\.\nFix: write it as in"),
+        ("dat=1", r"unknown axes\.\n  'dat'\nFix: its axes are data and model"),
+        ("data=2", r"does not fit the devices\.\n  2 is 2 devices, there are 1\nFix: make it smaller"),
+        ("data=0", r"does not fit the devices\.\n  data=0"),
+    ],
+)
+def test_a_mesh_that_can_not_be_is_refused(jobs, mesh, words):
+    config = settings(jobs["sequence_classification"].config, run={"mesh": mesh})
+    with pytest.raises(ValueError, match=words):
+        runs.read_mesh(config)
+
+
+def test_what_is_measured_is_what_the_task_says(jobs):
+    for name, job in jobs.items():
+        assert set(job.task.score(job.params, job.validation[:2]).metrics) == MEASURES[name]

@@ -1,7 +1,7 @@
 """The command `jlora`: what it was told, and how it ends.
 
 Exit codes: 0 all went well, 1 a fault of jlora's own (with a traceback), 2 something to be mended by the user
-(with the message alone), 130 stopped by Ctrl-C.
+(with the message alone), 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import sys
@@ -9,15 +9,16 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from jlora.core.errors import complain
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
+from jlora.recipes.plan import Settings
 
-DONE, FAULT, MISTAKE, STOPPED = 0, 1, 2, 130
+DONE, FAULT, MISTAKE, SIGNALLED, STOPPED = 0, 1, 2, 128, 130
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,172 @@ class Predict:
         predict(self.folder, self.questions, top=self.top, as_json=self.json, model=self.model)
 
 
+@dataclass(frozen=True)
+class Eval:
+    """Measure what `jlora train` wrote on other data.
+
+    Attributes:
+        folder: the run's folder
+        data: a file of the run's task, or hub:owner/name; left out, the run's own test file
+        json: print one JSON object
+        model: folder or hub name of the base model, if it is not where it was
+    """
+
+    folder: tyro.conf.Positional[Path]
+    data: str | None = None
+    json: bool = False
+    model: str | None = None
+
+    def run(self) -> None:
+        """Prints the measures."""
+        from jlora.cli.evaluate import evaluate
+
+        evaluate(self.folder, self.data, as_json=self.json, model=self.model)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue texts with a language model, and print them as they grow.
+
+    Attributes:
+        model: folder or hub name of the model
+        prompts: texts to continue; left out, the whole standard input is one
+        adapter: folder of an adapter, jlora's or PEFT's
+        merge: fold the adapter into the base first: faster tokens, for the memory of a second copy of its kernels
+        dtype: of the parameters and of the computation
+        chat: each prompt is a message: put it into the tokenizer's chat template, and print the reply alone
+        max_new_tokens: tokens to add to each prompt, at most
+        temperature: 0 takes the likeliest token each time, more draws
+        top_k: draw from the k likeliest tokens only
+        top_p: then from the fewest of them whose probabilities reach this
+        seed: of what is drawn
+    """
+
+    model: tyro.conf.Positional[str]
+    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
+    adapter: Path | None = None
+    merge: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def run(self) -> None:
+        """Prints the texts."""
+        from jlora.cli.generate import generate
+
+        generate(
+            self.model,
+            self.prompts,
+            adapter=self.adapter,
+            merged=self.merge,
+            dtype=self.dtype,
+            chat=self.chat,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a training step takes, and what would make it fit: from the model's shapes alone, without weights.
+
+    Attributes:
+        model: folder or hub name of the model; of it config.json alone is read
+        settings: the step
+        memory: what there is, as 24GB or 80GiB; where the step does not fit, what would make it fit is looked for
+        json: print one JSON object
+    """
+
+    model: tyro.conf.Positional[str]
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    memory: str | None = None
+    json: bool = False
+
+    def run(self) -> None:
+        """Prints the plan."""
+        from jlora.cli.plan import show
+
+        show(self.model, self.settings, memory=self.memory, as_json=self.json)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what an adapter holds: targets, ranks, scalings, sizes, the norm of each update, and its base.
+
+    Attributes:
+        folder: a run's folder, an adapter's, or one of PEFT
+        model: folder or hub name of the base; with it each update is held against its kernel
+        json: print one JSON object
+    """
+
+    folder: tyro.conf.Positional[Path]
+    model: str | None = None
+    json: bool = False
+
+    def run(self) -> None:
+        """Prints the table."""
+        from jlora.cli.adapters import inspect
+
+        inspect(self.folder, model=self.model, as_json=self.json)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Fold an adapter into its base, and write that as a Hugging Face folder.
+
+    Attributes:
+        folder: a run's folder, an adapter's, or one of PEFT
+        out: folder to write
+        model: folder or hub name of the base; needed where the folder does not name it
+        dtype: of the parameters that are written; left out, that of the base
+        overwrite: write into a folder that is not empty
+    """
+
+    folder: tyro.conf.Positional[Path]
+    out: Path
+    model: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Writes the model."""
+        from jlora.cli.adapters import merge
+
+        merge(self.folder, self.out, model=self.model, dtype=self.dtype, overwrite=self.overwrite)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an adapter for PEFT, or for vLLM.
+
+    Attributes:
+        folder: a run's folder, an adapter's, or one of PEFT
+        out: folder to write
+        format: who will read it
+        model: folder or hub name of the base; needed where the folder does not name it
+        overwrite: write into a folder that is not empty
+    """
+
+    folder: tyro.conf.Positional[Path]
+    out: Path
+    format: Literal["peft", "vllm"] = "peft"
+    model: str | None = None
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Writes the adapter."""
+        from jlora.cli.adapters import export
+
+        export(self.folder, self.out, target=self.format, model=self.model, overwrite=self.overwrite)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and gives its exit code.
 
@@ -84,7 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return FAULT
         print(error, file=sys.stderr)
         return MISTAKE
-    except Exception:
+    except Exception as error:
+        # Only an error waits for this import.
+        from jlora.recipes.fit import Stopped
+
+        if isinstance(error, Stopped):
+            print(f"jlora: {error}", file=sys.stderr)
+            return SIGNALLED + error.signal
         traceback.print_exc()
         return FAULT
     return DONE
@@ -95,7 +268,7 @@ def is_mistake(error: Exception) -> bool:
     return isinstance(error, OSError) or "\nFix: " in str(error)
 
 
-def parse(argv: list[str]) -> Train | Predict:
+def parse(argv: list[str]) -> Any:
     """The command that a command line asks for.
 
     Raises:
@@ -111,5 +284,9 @@ def parse(argv: list[str]) -> Train | Predict:
             raise ValueError(complain("jlora train", "no config file was given.", [], fix))
         path = Path(argv[1])
         train = tyro.conf.subcommand("train", default=Train(path, configs.read(path)))
-    commands = Annotated[Train, train] | Annotated[Predict, tyro.conf.subcommand("predict")]
+    others = {"eval": Eval, "predict": Predict, "generate": Generate}
+    others |= {"plan": Plan, "inspect": Inspect, "merge": Merge, "export": Export}
+    commands: Any = Annotated[Train, train]
+    for name, command in others.items():
+        commands = commands | Annotated[command, tyro.conf.subcommand(name)]
     return tyro.cli(commands, prog="jlora", args=argv, description="LoRA fine-tuning for JAX and Flax.")

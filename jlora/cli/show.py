@@ -1,9 +1,12 @@
-"""What a training run looks like: a progress bar, a table, a picture."""
+"""What a training run looks like: a progress bar, tables, a picture, hints, and a card for who finds the folder."""
 
 import contextlib
+import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata as packages
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,31 +14,42 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jlora.recipes.classify import Epoch, Step
+from jlora.recipes import config as configs
+from jlora.recipes.config import Config
+from jlora.recipes.fit import Evaluation, Step
+
+LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
 class Monitor:
-    """Follows a run: a live bar on a terminal, one plain line an epoch elsewhere."""
+    """Follows a run: a live bar on a terminal, one plain line an evaluation elsewhere.
 
-    def __init__(self, console: Console, epochs: int):
-        self.console = console
-        self.epochs = epochs
+    Args:
+        console: where to.
+        epochs: passes over the data there will be.
+        measure: the metric that is shown, "loss" or one of an evaluation's.
+        unit: what the rate counts, "tokens" or "examples".
+    """
+
+    def __init__(self, console: Console, epochs: int, measure: str, unit: str):
+        self.console, self.epochs, self.measure, self.unit = console, epochs, measure, unit
         self.live = console.is_terminal
-        self.accuracy = "-"
         self.mark = time.perf_counter()
-        self.questions, self.seconds = 0, 0.0
+        self.count, self.seconds, self.loss = 0, 0.0, float("nan")
         self.bar = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}"),
-            TextColumn("validation accuracy {task.fields[accuracy]}"),
-            TextColumn("{task.fields[rate]} examples/s"),
+            TextColumn(f"validation {measure} {{task.fields[value]}}"),
+            TextColumn(f"{{task.fields[rate]}} {unit}/s"),
+            TextColumn("lr {task.fields[learning_rate]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not self.live,
         )
-        self.task = self.bar.add_task("train", epoch=f"1/{epochs}", loss="-", accuracy="-", rate="-", total=None)
+        fields: dict[str, Any] = {"epoch": f"1/{epochs}", "loss": "-", "value": "-", "rate": "-", "learning_rate": "-"}
+        self.task = self.bar.add_task("train", total=None, **fields)
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Monitor"]:
@@ -44,34 +58,40 @@ class Monitor:
         with self.bar:
             yield self
 
-    def show(self, event: Step | Epoch) -> None:
+    def show(self, event: Step | Evaluation) -> None:
         """Brings the bar up to date, or prints a line."""
         now = time.perf_counter()
         if isinstance(event, Step):
-            self.questions, self.seconds = self.questions + event.questions, self.seconds + now - self.mark
-            rate = f"{event.questions / (now - self.mark):.0f}"
+            count = event.tokens if self.unit == "tokens" else event.targets
+            self.count, self.seconds, self.loss = self.count + count, self.seconds + now - self.mark, event.loss
             self.bar.update(
                 self.task,
                 completed=event.step,
                 total=event.steps,
                 epoch=f"{event.epoch}/{self.epochs}",
                 loss=f"{event.loss:.3f}",
-                rate=rate,
+                rate=f"{count / (now - self.mark):,.0f}",
+                learning_rate=f"{event.learning_rate:.1e}",
             )
         else:
-            accuracy = f"{event.validation.accuracy:.3f}"
-            self.bar.update(self.task, accuracy=accuracy)
+            value = f"{value_of(event, self.measure):.3f}"
+            self.bar.update(self.task, value=value)
             if not self.live:
                 self.console.print(
-                    f"epoch {event.epoch}/{self.epochs}  loss {event.loss:.3f}"
-                    f"  validation accuracy {accuracy}  {self.questions / self.seconds:.0f} examples/s"
+                    f"epoch {event.epoch}/{self.epochs}  step {event.step}  loss {self.loss:.3f}"
+                    f"  validation {self.measure} {value}  {self.count / max(self.seconds, 1e-9):,.0f} {self.unit}/s"
                     + ("  best" if event.best else ""),
                     highlight=False,
                     soft_wrap=True,
                 )
-            self.questions, self.seconds = 0, 0.0
-        # An epoch's event comes after its evaluation, which is no training time.
+            self.count, self.seconds = 0, 0.0
+        # An evaluation's event comes after it, which is no training time.
         self.mark = time.perf_counter()
+
+
+def value_of(event: Evaluation, measure: str) -> float:
+    """An evaluation's loss, or the metric of that name."""
+    return event.loss if measure == "loss" else event.metrics[measure]
 
 
 def result_table(rows: Sequence[tuple[str, str]]) -> Table:
@@ -84,29 +104,112 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def learning_curve(path: Path, steps: Sequence[Step], epochs: Sequence[Epoch]) -> None:
-    """Draws both losses, and validation accuracy, over the steps; a PNG."""
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+def learning_curve(path: Path, events: Sequence[Step | Evaluation], measure: str) -> None:
+    """Draws both losses, and the validation metric if it is another, over the steps; a PNG."""
+    steps = [event for event in events if isinstance(event, Step)]
+    found = [event for event in events if isinstance(event, Evaluation)]
+    figure = Figure(figsize=(9 if measure != "loss" else 5, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, accuracy = figure.subplots(1, 2)
-    ends = [epoch.step for epoch in epochs]
-    losses.plot([step.step for step in steps], [step.loss for step in steps], label="training")
-    losses.plot(ends, [epoch.validation.loss for epoch in epochs], "o-", label="validation")
-    losses.set(xlabel="step", ylabel="cross entropy", ylim=(0, None))
-    losses.legend()
-    accuracy.plot(ends, [epoch.validation.accuracy for epoch in epochs], "o-", color="C1")
-    best = [epoch for epoch in epochs if epoch.best][-1]
-    accuracy.annotate(
-        f"best: {best.validation.accuracy:.3f}",
-        (best.step, best.validation.accuracy),
+    panels: Any = figure.subplots(1, 1 if measure == "loss" else 2, squeeze=False)[0]
+    ends = [event.step for event in found]
+    panels[0].plot([step.step for step in steps], [step.loss for step in steps], label="training")
+    panels[0].plot(ends, [event.loss for event in found], "o-", label="validation")
+    panels[0].set(xlabel="step", ylabel="cross entropy, nats")
+    panels[0].legend()
+    best = [event for event in found if event.best][-1]
+    panels[-1].annotate(
+        f"best: {value_of(best, measure):.3f}",
+        (best.step, value_of(best, measure)),
         xytext=(0, -14),
         textcoords="offset points",
         ha="right",
     )
-    accuracy.set(xlabel="step", ylabel="validation accuracy", ylim=(0, 1.02))
-    for axes in (losses, accuracy):
+    if measure != "loss":
+        panels[1].plot(ends, [value_of(event, measure) for event in found], "o-", color="C1")
+        panels[1].set(xlabel="step", ylabel=f"validation {measure}", ylim=(0, 1.02))
+    for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def hints(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
+    """What the curves say about the next run.
+
+    - Training loss that hardly fell in the last half of the steps, far from zero, at a rank below 64: a larger rank.
+    - Validation loss whose lowest point came in the first half of the evaluations, and which rose by a tenth since:
+      a smaller rank, more dropout or a lower rate.
+    """
+    losses = [event.loss for event in events if isinstance(event, Step) and event.loss == event.loss]
+    found = [event.loss for event in events if isinstance(event, Evaluation)]
+    said = []
+    rank, quarter = config.adapter.rank, len(losses) // 4
+    low = found.index(min(found))
+    rising = len(found) > 2 and low < len(found) / 2 and found[-1] > 1.1 * found[low]
+    if quarter >= 2 and rank < 64 and not rising:
+        before, after = (sum(part) / quarter for part in (losses[-2 * quarter : -quarter], losses[-quarter:]))
+        if after > 0.2 * losses[0] and after > 0.99 * before:
+            said.append(
+                f"Training loss stalled at {after:.3f} with rank {rank}: "
+                f"try rank {2 * rank}, or a higher learning rate."
+            )
+    if rising:
+        smaller = f"a smaller rank than {rank}, " if rank > 1 else ""
+        said.append(
+            f"Validation loss rose from {found[low]:.3f} to {found[-1]:.3f} since evaluation {low + 1} "
+            f"of {len(found)}: try {smaller}more dropout, or a lower learning rate. The best adapter was kept."
+        )
+    return said
+
+
+def model_card(config: Config, result: Mapping[str, Any], answers_with: str) -> str:
+    """What a run's folder says of itself, as Markdown."""
+    metrics = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in result.items())
+    versions = ", ".join(f"{name} {packages.version(name)}" for name in LIBRARIES if is_installed(name))
+    data = config.data
+    sources = {"train": data.train, "validation": data.validation, "test": data.test}
+    lines = "\n".join(f"- {name}: `{path}`" for name, path in sources.items() if path is not None)
+    return f"""# LoRA adapter for {config.model.name}
+
+- Base: `{config.model.name}`
+- Task: {data.task}
+{lines}
+
+| | |
+| --- | --- |
+{metrics}
+
+![learning curve](learning_curve.png)
+
+## Use
+
+```sh
+{answers_with}
+```
+
+```python
+import jlora
+from jlora.recipes.runs import load_run
+
+run = load_run(folder)             # base, adapter and tokenizer
+params = jlora.merge(run.params)   # for inference at the base's own cost
+```
+
+## Settings
+
+```toml
+{configs.to_toml(config)}```
+
+Made with {versions}.
+"""
+
+
+def is_installed(name: str) -> bool:
+    """Whether a library's version can be told."""
+    try:
+        packages.version(name)
+    except packages.PackageNotFoundError:
+        return False
+    return True
 
 
 def megabytes(size: float) -> str:

@@ -1,182 +1,349 @@
 """`jlora train`: from a config to a saved adapter that was seen to work."""
 
+import contextlib
+import functools
 import json
+import os
 import resource
+import shutil
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from rich.console import Console
 
-from jlora.cli.predict import answer_text
+from jlora.cli import show
+from jlora.cli.predict import answers
 from jlora.cli.show import Monitor, learning_curve, megabytes, result_table
+from jlora.core.errors import complain, count
 from jlora.core.tree import Summary, merge, summary
 from jlora.interop.huggingface import find_folder
-from jlora.recipes import classify
-from jlora.recipes.classify import Epoch, Scores, Step
+from jlora.recipes import runs
+from jlora.recipes.batches import Row, Rows, make_rows, pack
 from jlora.recipes.config import Config
-from jlora.recipes.data import Corpus, load_corpus, to_rows
+from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, fit
+from jlora.recipes.readers import Corpus, read_corpus
+from jlora.recipes.runs import Run
+from jlora.recipes.tasks import TASKS, Classes, Entities, Scores
+
+FIELDS = {
+    "sequence_classification": ("text", "label"),
+    "token_classification": ("tokens", "tags"),
+    "causal_lm": ("text",),
+    "instruction": ("messages", "question", "answer"),
+}
 
 
 class Result(NamedTuple):
     """What a run came to.
 
     Attributes:
-        accuracy_before: on the test questions, with the new head and no training.
-        accuracy_after: on the test questions, with the adapter as it was read back from disk.
-        best_epoch: the epoch that was kept, from 1.
-        best_validation_accuracy: on the validation questions, in that epoch.
+        asked: what `before` and `after` were measured on, "test" or "validation".
+        before: loss and metrics with a new adapter, and a new head if there is one.
+        after: with the adapter as it was read back from disk.
+        best_step: the step that was kept.
+        best: its validation loss and metrics.
         trainable: parameters trained.
         total: parameters of the base with its head.
-        adapter_bytes: size on disk of the adapter and the head.
+        adapter_bytes: size on disk of the adapter and the leaves trained in full.
         base_bytes: size on disk of the base's weights.
-        largest_logit_difference: between adapted and merged predictions on the test questions.
-        seconds: wall time from the first file read to the last check.
+        merged_difference: the largest between adapted and merged: of logits, of F1, or of the mean loss.
+        seconds: wall time of this process from the first file read to the last check.
         peak_memory_bytes: the most memory the process held resident.
     """
 
-    accuracy_before: float
-    accuracy_after: float
-    best_epoch: int
-    best_validation_accuracy: float
+    asked: str
+    before: dict[str, float]
+    after: dict[str, float]
+    best_step: int
+    best: dict[str, float]
     trainable: int
     total: int
     adapter_bytes: int
     base_bytes: int
-    largest_logit_difference: float
+    merged_difference: float
     seconds: float
     peak_memory_bytes: int
 
 
+class Learnt(NamedTuple):
+    """What is left when training is over, beside the files.
+
+    Attributes:
+        asked: the split that the result is measured on.
+        rows: its rows.
+        before: what the model made of them with a new adapter.
+        best: the evaluation whose adapter was kept.
+        counts: what was trained.
+    """
+
+    asked: str
+    rows: list[Row]
+    before: Scores
+    best: Evaluation
+    counts: Summary
+
+
 def train(config: Config) -> Result:
-    """Runs a job: checks, trains, reads the adapter back, shows and writes the result.
+    """Runs a job, or goes on with one that was stopped: trains, reads the adapter back, shows and writes the result.
 
     Raises:
         ValueError: the config, the data or the model can't be used; nothing has been written then.
         OSError: a file is missing, or the output folder holds a run or can't be written to.
+        Stopped: a signal stopped the run, which can be gone on with.
     """
     start = time.perf_counter()
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    folder, size = config.output.folder, config.optimisation.batch_size
-    data = config.data
-    corpus = load_corpus(train=data.train, validation=data.validation, test=data.test, answers=data.answers)
-    classify.check_folder(folder, overwrite=config.output.overwrite)
-    loaded = classify.load_base(config, corpus.labels)
-    params = classify.wrap_base(config, loaded)
-    learn, choose, judge = (
-        to_rows(loaded.tokenizer, split, corpus.labels, data.max_length)
-        for split in (corpus.train, corpus.validation, corpus.test)
-    )
-    counts = summary(params, classify.HEAD)
-    console.print(_plan(counts, corpus), highlight=False)
-    cut = sum(len(row.ids) >= data.max_length for split in (learn, choose, judge) for row in split)
-    if cut:
-        console.print(f"{cut} questions reach max_length = {data.max_length} tokens; what is beyond is not read.")
-    adapted, plain = classify.forward_of(loaded)
-    shapes: dict[str, Any] = {
-        "batch_size": size,
-        "max_length": data.max_length,
-        "pad_id": loaded.tokenizer.pad_token_id,
-    }
-    before = classify.evaluate(adapted, params, judge, **shapes)
-    classify.begin_run(config, corpus.labels, corpus.answers)
-    best = _fit(config, console, classify.fit(config, loaded, params, learn, choose, adapted))
+    join_processes()
+    # On several hosts one process speaks and writes.
+    console, folder = Console(quiet=jax.process_index() != 0), config.output.folder
+    runs.check_folder(config)
+    mesh = runs.read_mesh(config)
+    learnt = learn(config, mesh, console)
 
-    run = classify.load_run(folder)
-    after = classify.evaluate(adapted, run.params, judge, **shapes)
-    merged_params = merge(run.params)
-    merged = classify.evaluate(plain, merged_params, judge, **shapes)
-    difference = check_agreement(after, merged)
+    # All that trained has left the memory by now, and the base is loaded once more.
+    run = runs.load_run(folder, mesh=mesh)
+    after, merged_params = run.task.score(run.params, learnt.rows), merge(run.params)
+    difference = check_agreement(after, run.task.score(merged_params, learnt.rows, merged=True))
     result = Result(
-        before.accuracy,
-        after.accuracy,
-        best.epoch,
-        best.validation.accuracy,
-        counts.trainable,
-        counts.total,
-        classify.bytes_on_disk(folder / classify.ADAPTER),
+        learnt.asked,
+        {"loss": learnt.before.loss, **learnt.before.metrics},
+        {"loss": after.loss, **after.metrics},
+        learnt.best.step,
+        {"loss": learnt.best.loss, **learnt.best.metrics},
+        learnt.counts.trainable,
+        learnt.counts.total,
+        runs.bytes_on_disk(folder / runs.ADAPTER),
         sum(path.stat().st_size for path in find_folder(config.model.name, None).glob("*.safetensors")),
         difference,
         time.perf_counter() - start,
         peak_memory(),
     )
-    (folder / classify.RESULT).write_text(json.dumps(result._asdict(), indent=1) + "\n", encoding="utf-8")
-    console.print(result_table(_table(result, len(judge))))
-    console.print(f"Written to {folder}", highlight=False)
-    if data.questions:
-        chances = classify.probabilities(run, plain, merged_params, data.questions, batch_size=size)
-        for question, chance in zip(data.questions, chances, strict=True):
-            console.print(answer_text(question, chance, run), highlight=False, markup=False)
+    finish(config, console, result, run, merged_params, len(learnt.rows))
     return result
 
 
-def _fit(config: Config, console: Console, events: Any) -> Epoch:
-    """Consumes the events of a fit: shows them, writes them down, keeps the best adapter on disk."""
-    folder = config.output.folder
-    steps: list[Step] = []
-    epochs: list[Epoch] = []
-    monitor = Monitor(console, config.optimisation.epochs)
-    with open(folder / classify.METRICS, "w", encoding="utf-8") as metrics, monitor.running():
-        for event in events:
-            monitor.show(event)
-            metrics.write(json.dumps(_line(event)) + "\n")
-            metrics.flush()
-            if isinstance(event, Step):
-                steps.append(event)
+def join_processes() -> None:
+    """Joins the processes of one run, where JAX's variables in the environment name the first one's address."""
+    if "JAX_COORDINATOR_ADDRESS" in os.environ and not jax.distributed.is_initialized():
+        processes, own = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        # What is left out JAX finds for itself on the clusters it knows.
+        jax.distributed.initialize(
+            num_processes=None if processes is None else int(processes), process_id=None if own is None else int(own)
+        )
+
+
+def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
+    """Trains, or goes on with it, until the best adapter is on the disk."""
+    data = config.data
+    corpus = read(config)
+    loaded = runs.place_base(runs.load_base(config, corpus.labels), mesh)
+    task = TASKS[data.task](config, loaded, corpus.labels, mesh)
+    params = runs.place_params(runs.wrap_base(config, loaded), loaded.model, mesh)
+    counts = summary(params, task.trained)
+    # State and moments of what trains, for every checkpoint that is kept and the two being written.
+    resume = runs.check_folder(config, needed=3 * 4 * counts.trainable * (config.run.keep + 2))
+    rows = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in corpus.splits}
+    job = Job(
+        config=config, task=task, params=params, rows=rows["train"].rows, validation=rows["validation"].rows, mesh=mesh
+    )
+    console.print(opening(counts, corpus, task, job), highlight=False)
+    for name, found in rows.items():
+        if found.cut and data.task != "causal_lm":
+            console.print(f"{found.cut} of {name} reach beyond max_length = {data.max_length} tokens, and are cut.")
+    asked = "test" if "test" in rows else "validation"
+    before = task.score(params, rows[asked].rows)
+
+    def begin() -> None:
+        # No process may find what another has begun to write.
+        wait_for_all("folder checked")
+        if jax.process_index() == 0:
+            runs.begin_run(config, corpus.labels, corpus.answers, resume=resume)
+        wait_for_all("run begun")
+
+    best = follow(job, console, begin)
+    wait_for_all("run written")
+    return Learnt(asked, rows[asked].rows, before, best, counts)
+
+
+def wait_for_all(what: str) -> None:
+    """Waits until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def read(config: Config) -> Corpus:
+    """All that the job reads."""
+    data = config.data
+    sources = {"train": data.train, "validation": data.validation, "test": data.test}
+    corpus = read_corpus(
+        {name: source for name, source in sources.items() if source is not None},
+        data.task,
+        fields=fields_of(config),
+        unit=data.unit,
+        answers=data.answers,
+        allow_overlap=data.allow_overlap,
+    )
+    return corpus if data.validation is not None else held_out(corpus, data.holdout, config.optimisation.seed)
+
+
+def held_out(corpus: Corpus, share: float, seed: int) -> Corpus:
+    """The corpus with a share of its training records for validation; a seed draws the same ones each time."""
+    records = corpus.splits["train"]
+    size = max(1, round(share * len(records)))
+    if size >= len(records):
+        problem = f"{count(len(records), 'record')} can't be shared between training and validation."
+        raise ValueError(complain("data", problem, [], "add records, or lower data.holdout."))
+    chosen = set(np.random.default_rng(seed).permutation(len(records))[:size].tolist())
+    train, validation = ([record for n, record in enumerate(records) if (n in chosen) == out] for out in (False, True))
+    return corpus._replace(splits={**corpus.splits, "train": train, "validation": validation})
+
+
+def fields_of(config: Config) -> dict[str, str]:
+    """The task's fields that the config names otherwise than they are by default."""
+    names = {name: getattr(config.data, name) for name in FIELDS[config.data.task]}
+    return {name: value for name, value in names.items() if value != name}
+
+
+def rows_of(config: Config, tokenizer: Any, corpus: Corpus, split: str) -> Rows:
+    """A split's rows, packed where the config says so."""
+    data = config.data
+    found = make_rows(tokenizer, corpus.splits[split], max_length=data.max_length, labels=corpus.labels)
+    packs = data.pack and data.task in ("causal_lm", "instruction")
+    return found._replace(rows=pack(found.rows, data.max_length)) if packs else found
+
+
+def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
+    """Consumes the events of a fit: shows them, keeps the best adapter on disk, draws the curves; gives the best.
+
+    `begin` is called when the step is known to compile, and before anything is written.
+    """
+    config, folder = job.config, job.config.output.folder
+    unit = "examples" if type(job.task) is Classes else "tokens"
+    epochs = -(-job.steps // len(job.batches))
+    monitor = Monitor(console, epochs, job.task.measure, unit)
+    events: list[Step | Evaluation] = []
+    with (
+        signals() as asked,
+        monitor.running(),
+        board(config) as write,
+        contextlib.closing(fit(job, folder, should_stop=asked)) as told,
+    ):
+        for event in told:
+            if isinstance(event, Compiled):
+                console.print(
+                    f"A step takes {megabytes(event.held + event.temporary)}: {megabytes(event.held)} of parameters, "
+                    f"optimizer state and batch, {megabytes(event.temporary)} while it runs (the compiler's count).",
+                    highlight=False,
+                )
+                begin()
                 continue
-            if event.best:
-                # Saved at once: a run that is stopped leaves its best adapter, ready for `jlora predict`.
-                classify.save_params(folder, event.params)
-            epochs.append(event._replace(params=None))
-    learning_curve(folder / classify.CURVE, steps, epochs)
-    return [epoch for epoch in epochs if epoch.best][-1]
+            if isinstance(event, Resumed):
+                console.print(f"Going on after step {event.step}.", highlight=False)
+                events = list(event.past)
+                for past in events:
+                    write(past)
+                continue
+            monitor.show(event)
+            write(event)
+            if isinstance(event, Evaluation):
+                if event.best:
+                    # Saved at once: a run that is stopped leaves its best adapter, ready for use.
+                    runs.save_best(folder, event.params, job.task)
+                event = event._replace(params=None)
+            events.append(event)
+    if jax.process_index() == 0:
+        learning_curve(folder / runs.CURVE, events, job.task.measure)
+    for hint in show.hints(events, config):
+        console.print(hint, highlight=False)
+    return [event for event in events if isinstance(event, Evaluation) and event.best][-1]
 
 
-def _line(event: Step | Epoch) -> Mapping[str, Any]:
-    """An event as a line of metrics. No clock times: two runs of one seed write the same bytes."""
-    if isinstance(event, Step):
-        return {
-            "step": event.step,
-            "epoch": event.epoch,
-            "loss": event.loss,
-            "learning_rate": event.learning_rate,
-        }
-    return {
-        "step": event.step,
-        "epoch": event.epoch,
-        "epoch_loss": event.loss,
-        "validation_loss": event.validation.loss,
-        "validation_accuracy": event.validation.accuracy,
-        "best": event.best,
-        "skipped_steps": event.skipped,
-    }
+@contextlib.contextmanager
+def signals() -> Iterator[Any]:
+    """Turns the first SIGTERM or Ctrl-C into a wish to stop, asked for by calling what this gives; a second kills."""
+    received: list[int] = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    try:
+        before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, which alone gets signals
+        before = {}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _plan(counts: Summary, corpus: Corpus) -> str:
+@contextlib.contextmanager
+def board(config: Config) -> Iterator[Any]:
+    """Writes events for TensorBoard, where the config says so; a run that goes on writes those of its past again."""
+    if not config.output.tensorboard or jax.process_index() != 0:
+        yield lambda event: None
+        return
+    from tensorboardX import SummaryWriter
+
+    folder = config.output.folder / runs.EVENTS
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def writer() -> SummaryWriter:
+            # Not before there is something to write: until then the folder is an earlier run's.
+            shutil.rmtree(folder, ignore_errors=True)
+            return stack.enter_context(SummaryWriter(str(folder)))
+
+        def write(event: Step | Evaluation) -> None:
+            values: dict[str, float] = {"validation/loss": event.loss}
+            if isinstance(event, Step):
+                names = ("loss", "learning_rate", "grad_norm")
+                values = {f"train/{name}": getattr(event, name) for name in names}
+            else:
+                values |= {f"validation/{name}": value for name, value in event.metrics.items()}
+            for name, value in values.items():
+                writer().add_scalar(name, value, event.step)
+
+        yield write
+
+
+def opening(counts: Summary, corpus: Corpus, task: Any, job: Job) -> str:
     """The first lines: what will be trained, on what."""
     adapted = [row for row in counts.rows if row.rank is not None]
     ranks = "/".join(str(rank) for rank in sorted({row.rank for row in adapted if row.rank is not None}))
     scalings = "/".join(sorted({f"{row.scaling:g}" for row in adapted}))
+    whole = f", and {', '.join(task.trained)} in full" if task.trained else ""
+    sizes = ", ".join(f"{len(records):,} {name}" for name, records in corpus.splits.items())
+    classes = f"{len(corpus.labels)} classes. " if corpus.labels else ""
     return (
         f"Training {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.2f} %): "
-        f"{len(adapted)} kernels at rank {ranks}, scaling {scalings}, and the classifier in full.\n"
-        f"{len(corpus.labels)} entries, {len(corpus.train)} questions to train on, "
-        f"{len(corpus.validation)} to validate, {len(corpus.test)} to test."
+        f"{len(adapted)} kernels at rank {ranks}, scaling {scalings}{whole}.\n"
+        f"{classes}Records: {sizes}. {job.steps:,} steps, {len(job.batches):,} to an epoch."
     )
 
 
 def check_agreement(adapted: Scores, merged: Scores) -> float:
-    """The largest difference between the logits of adapted and merged predictions.
+    """The largest difference between adapted and merged: of logits where there are some, else of the measure.
 
     Raises:
-        RuntimeError: a prediction differs.
+        RuntimeError: they do not say the same.
     """
-    differ = int((adapted.logits.argmax(-1) != merged.logits.argmax(-1)).sum())
-    difference = float(np.abs(adapted.logits - merged.logits).max())
-    if differ:
-        raise RuntimeError(f"{differ} adapted and merged predictions differ, logits by up to {difference:g}")
+    if isinstance(adapted.outputs, np.ndarray):
+        differ = int((adapted.outputs.argmax(-1) != merged.outputs.argmax(-1)).sum())
+        difference = float(np.abs(adapted.outputs - merged.outputs).max())
+        if differ:
+            raise RuntimeError(f"{differ} adapted and merged predictions differ, logits by up to {difference:g}")
+        return difference
+    difference = abs(adapted.value - merged.value)
+    if difference > 1e-2:
+        raise RuntimeError(f"adapted and merged differ: {adapted.value:g} and {merged.value:g}")
     return difference
 
 
@@ -185,22 +352,42 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _table(result: Result, questions: int) -> list[tuple[str, str]]:
+def finish(config: Config, console: Console, result: Result, run: Run, merged: Any, rows: int) -> None:
+    """Writes the result and the card, shows the table, and answers the config's questions."""
+    folder = config.output.folder
+    if jax.process_index() == 0:
+        (folder / runs.CARD).write_text(show.model_card(config, result._asdict(), use_of(config)), encoding="utf-8")
+        # Last: a run that has its result is finished.
+        runs.write_whole(folder / runs.RESULT, json.dumps(result._asdict(), indent=1) + "\n")
+    console.print(result_table(table(result, rows, run.task)))
+    console.print(f"Written to {folder}", highlight=False)
+    if config.data.questions:
+        for text in answers(run, merged, config.data.questions):
+            console.print(text, highlight=False, markup=False)
+
+
+def use_of(config: Config) -> str:
+    """The command that uses a run."""
+    question = config.data.questions[0] if config.data.questions else "..."
+    return f"jlora predict {config.output.folder} {json.dumps(question, ensure_ascii=False)}"
+
+
+def table(result: Result, rows: int, task: Any) -> Sequence[tuple[str, str]]:
+    """The result as names and values."""
     share = 100 * result.trainable / result.total
     size = f"{megabytes(result.adapter_bytes)} of {megabytes(result.base_bytes)}"
+    measures = [name for name in result.after if name != "loss" or not isinstance(task, Classes)]
+    scores = []
+    for name in measures:
+        scores.append((f"{result.asked} {name} before", f"{result.before[name]:.3f}"))
+        scores.append((f"{result.asked} {name} after", f"{result.after[name]:.3f}"))
+    what = {Classes: "logits", Entities: "F1"}.get(type(task), "loss")
     return [
-        ("test accuracy before", f"{result.accuracy_before:.3f}"),
-        ("test accuracy after", f"{result.accuracy_after:.3f}"),
-        ("best epoch", f"{result.best_epoch} (validation accuracy {result.best_validation_accuracy:.3f})"),
+        *scores,
+        ("best step", f"{result.best_step} (validation {task.measure} {result.best[task.measure]:.3f})"),
         ("parameters trained", f"{result.trainable:,} of {result.total:,} ({share:.2f} %)"),
-        (
-            "adapter on disk, of the base's",
-            f"{size} ({100 * result.adapter_bytes / result.base_bytes:.1f} %)",
-        ),
-        (
-            "read back: adapted = merged",
-            f"{questions} of {questions} (logits within {result.largest_logit_difference:.1e})",
-        ),
+        ("adapter on disk, of the base's", f"{size} ({100 * result.adapter_bytes / result.base_bytes:.1f} %)"),
+        ("read back: adapted = merged", f"on {rows} rows ({what} within {result.merged_difference:.1e})"),
         ("seconds", f"{result.seconds:.1f}"),
         ("peak memory of the process", f"{result.peak_memory_bytes / 2**20:.0f} MiB"),
     ]

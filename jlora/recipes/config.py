@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jlora.core.errors import complain, count, nearest
+from jlora.recipes.readers import HUB
 
 
 @dataclass(frozen=True)
@@ -35,35 +36,70 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The base model.
+    """The base model, and how it is computed.
 
     Attributes:
         name: a folder in Hugging Face form, or a name on the hub
-        pooling: what the classifier reads; auto takes what the checkpoint says
+        pooling: what a text's classifier reads; auto takes what the checkpoint says
+        dtype: what the base is stored in
+        compute_dtype: what is computed in; left out, the dtype of the base
+        scan: one compiled body for all layers: compiles faster, steps slower on a CPU
+        remat: recompute each layer in the backward pass: less memory, a third more time
     """
 
     name: str
     pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    scan: bool = False
+    remat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Questions and their entries, as JSON lines {"text": ..., "label": ...}.
+    """What is learnt, and from which files: JSON lines, CSV, TSV, CoNLL, Parquet or plain text.
 
     Attributes:
-        train: questions to train on; their labels are the entries there are
-        validation: questions that choose the best epoch
-        test: questions asked once before training and once after
-        answers: what each entry says, as JSON lines {"label": ..., "answer": ...}
-        max_length: tokens of a question that are read, the rest is cut off
+        task: classes of texts, classes of tokens (BIO), a language model of texts, or answers to questions
+        train: file to train on, or hub:owner/name
+        validation: file that chooses the best adapter; left out, a share of train is held out for it
+        test: file asked once before training and once after
+        holdout: that share, drawn by the seed
+        unit: what is one text in a .txt file
+        answers: what each class of texts says to the user, as JSON lines {"label": ..., "answer": ...}
+        text: field of a text
+        label: field of its class
+        tokens: field of a sentence's words
+        tags: field of their BIO tags
+        messages: field of a conversation
+        question: field of a question, where there are no conversations
+        answer: field of its answer
+        max_length: tokens of an example that are read: longer texts of a language model are cut into pieces, of all
+            other tasks cut off
+        pack: put several texts of a language model into one row
+        allow_overlap: take texts that stand in two of the files for what they are
         questions: asked when all is done
     """
 
+    task: Literal["sequence_classification", "token_classification", "causal_lm", "instruction"] = (
+        "sequence_classification"
+    )
     train: Path
-    validation: Path
-    test: Path
+    validation: Path | None = None
+    test: Path | None = None
+    holdout: Annotated[float, Range(0, 0.9, above=True)] = 0.1
+    unit: Literal["paragraph", "line", "file"] = "paragraph"
     answers: Path | None = None
+    text: str = "text"
+    label: str = "label"
+    tokens: str = "tokens"
+    tags: str = "tags"
+    messages: str = "messages"
+    question: str = "question"
+    answer: str = "answer"
     max_length: Annotated[int, Range(3)] = 128
+    pack: bool = True
+    allow_overlap: bool = False
     questions: tuple[str, ...] = ()
 
 
@@ -74,45 +110,76 @@ class Adapter:
     Attributes:
         rank: columns of A and rows of B
         alpha: numerator of the scaling alpha / rank; left out, it is the rank
-        targets: regular expression for the paths of kernels; left out, all but the classifier
+        targets: regular expression for the paths of kernels; left out, all but the head
+        ranks: ranks of their own, by regular expression; the first match wins, what matches none has `rank`
         dropout: share of an adapter's input that is dropped while training
         rslora: scale by alpha / sqrt(rank) instead
+        init: how A is drawn
     """
 
     rank: Annotated[int, Range(1)] = 8
     alpha: Annotated[float, Range(0, above=True)] | None = None
     targets: str | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
     dropout: Annotated[float, Range(0, 0.9)] = 0.0
     rslora: bool = False
+    init: Literal["uniform", "normal", "orthogonal"] = "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:
-    """AdamW and its schedule.
+    """The optimizer and its schedule.
 
     Attributes:
+        optimizer: any optimizer of optax, by name
         learning_rate: peak rate, that of every A
         b_ratio: rate of every B over that of A (LoRA+)
-        head_ratio: rate of the classifier over that of A
+        head_ratio: rate of a new head over that of A
         schedule: how the rate goes on after the warm-up
         warmup: share of all steps in which the rate rises from 0
-        epochs: passes over the training questions
-        batch_size: questions to a step
-        weight_decay: AdamW's decoupled decay
+        epochs: passes over the training data
+        steps: steps in all, instead of epochs
+        batch_size: rows to a step
+        accumulate: parts a batch is taken in, one after the other
+        weight_decay: decoupled decay, where the optimizer has one
         clip: largest global norm of the gradient; left out, it is never clipped
-        seed: fixes the new head, the adapter, the order of the questions, and dropout
+        max_skipped: steps with a loss or gradient that is not finite, after which the run stops
+        seed: fixes the new head, the adapter, the order of the data, and dropout
     """
 
+    optimizer: str = "adamw"
     learning_rate: Annotated[float, Range(0, above=True)] = 1e-3
     b_ratio: Annotated[float, Range(0, above=True)] = 1.0
-    head_ratio: Annotated[float, Range(0, above=True)] = 1.0
+    head_ratio: Annotated[float, Range(0, above=True)] = 10.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Annotated[float, Range(0, 1)] = 0.1
     epochs: Annotated[int, Range(1)] = 5
+    steps: Annotated[int, Range(1)] | None = None
     batch_size: Annotated[int, Range(1)] = 32
+    accumulate: Annotated[int, Range(1)] = 1
     weight_decay: Annotated[float, Range(0)] = 0.0
     clip: Annotated[float, Range(0, above=True)] | None = None
+    max_skipped: Annotated[int, Range(1)] = 20
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run goes on.
+
+    Attributes:
+        evaluate_every: steps to an evaluation; left out, one an epoch
+        patience: evaluations without a better one, after which the run stops; left out, it never does
+        save_every: steps to a checkpoint, beside the one at each evaluation
+        keep: checkpoints that are kept
+        mesh: devices by axis, as "data=4,model=2"; left out, one device
+    """
+
+    evaluate_every: Annotated[int, Range(1)] | None = None
+    patience: Annotated[int, Range(1)] | None = None
+    save_every: Annotated[int, Range(1)] | None = None
+    keep: Annotated[int, Range(1)] = 2
+    mesh: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +187,16 @@ class Output:
     """What is left behind.
 
     Attributes:
-        folder: where the run is written
+        folder: where the run is written; an unfinished run of the same config that is there goes on
         overwrite: replace a run that is already there
         log_every: steps to a line of metrics
+        tensorboard: write the metrics as TensorBoard events too
     """
 
     folder: Path
     overwrite: bool = False
     log_every: Annotated[int, Range(1)] = 10
+    tensorboard: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +208,7 @@ class Config:
     output: Output
     adapter: Adapter = field(default_factory=Adapter)
     optimisation: Optimisation = field(default_factory=Optimisation)
+    run: Run = field(default_factory=Run)
 
 
 def read(path: Path) -> Config:
@@ -234,6 +304,8 @@ def _entry(hint: Any, value: Any, where: str, folder: Path, wrong: list[str]) ->
     kinds = _kinds(hint)
     if where == "model.name":
         return _model_name(value, folder)
+    if Path in kinds and value.startswith(HUB):
+        return Path(value)
     if Path in kinds:
         return Path(os.path.normpath(folder / Path(value).expanduser()))
     return tuple(value) if isinstance(value, list) else float(value) if float in kinds else value
@@ -268,6 +340,7 @@ def _fits(hint: Any, value: Any) -> bool:
         tuple[str, ...]: lambda: (
             isinstance(value, list) and all(isinstance(text, str) and text.strip() for text in value)
         ),
+        dict[str, int]: lambda: isinstance(value, Mapping) and all(type(rank) is int for rank in value.values()),
     }
     (kind,) = _kinds(hint)
     fits = value in get_args(kind) if get_origin(kind) is Literal else tests[kind]()
@@ -285,6 +358,7 @@ def _expected(hint: Any) -> str:
         int: "a whole number",
         float: "a number",
         tuple[str, ...]: "a list of strings",
+        dict[str, int]: "a table of whole numbers",
     }
     return " ".join([words[kind], *map(str, _ranges(hint))])
 
@@ -302,5 +376,7 @@ def _plain_value(value: Any) -> Any:
 
 
 def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(entry)}" for key, entry in value.items()) + "}"
     # JSON's strings, numbers, booleans and lists are TOML's, but for DEL, which TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

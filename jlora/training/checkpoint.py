@@ -111,14 +111,14 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
             where, kernel = join_path(path, name), unbox(node)
             out[name] = node
             if where in arrays:
-                placed = _place(arrays[where], kernel, tuple(range(kernel.ndim)))
+                placed = place(arrays[where], kernel, tuple(range(kernel.ndim)))
                 out[name] = jax.tree.unflatten(jax.tree.structure(node), [placed])
             if where in metadata["targets"]:
                 trio = [arrays[where + affix] for affix in AFFIXES]
                 layout = layouts.read(kernel.shape, *(leaf.shape for leaf in trio))
                 assert layout is not None, "digests hold, so the shapes fit as they did when saved"
                 for affix, leaf, axes in zip(AFFIXES, trio, layouts.pair_axes(layout), strict=True):
-                    out[f"{name}{affix}"] = box(node, _place(leaf, kernel, axes), axes)
+                    out[f"{name}{affix}"] = box(node, place(leaf, kernel, axes), axes)
         return out
 
     return edit(base_params, change)
@@ -292,7 +292,7 @@ def _read_arrays(folder: File, metadata: Mapping[str, Any]) -> dict[Path, np.nda
     return arrays
 
 
-def _place(leaf: np.ndarray, kernel: Any, axes: tuple[int | None, ...]) -> jax.Array:
+def place(leaf: np.ndarray, kernel: Any, axes: tuple[int | None, ...]) -> jax.Array:
     """Puts a leaf where its kernel is; `axes` are the kernel's axes that the leaf's stand for."""
     if not getattr(kernel, "committed", False):
         return jnp.asarray(leaf)

@@ -1,0 +1,230 @@
+"""MiniLM fine-tuned by jlora's recipe and by PEFT on torch: the same rows in the same order, the same settings.
+
+    python benchmarks/parity.py clinc150 FOLDER          # https://github.com/clinc/oos-eval: data_full.json
+    python benchmarks/parity.py ncbi-disease FOLDER      # https://github.com/spyysalo/ncbi-disease: *.tsv
+
+Both train rank 8, alpha 16, on every linear layer, and the head in full: three epochs of batches of 32, AdamW at 1e-3
+with 50 steps of warm-up and linear decay. Then jlora trains once more with its own defaults. `--grid` tries settings
+on the validation file instead, jlora alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from jlora.cli.train import read, rows_of, train
+from jlora.interop.huggingface import MINILM, find_folder
+from jlora.recipes import runs
+from jlora.recipes.batches import ordered_batches, training_batches
+from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output
+from jlora.recipes.fit import prepare, schedule
+from jlora.recipes.metrics import entity_scores
+
+RESULTS = Path(__file__).parent / "results"
+RANK, ALPHA, EPOCHS, BATCH, RATE, WARMUP = 8, 16.0, 3, 32, 1e-3, 50
+LIBRARIES = ("jax", "optax", "torch", "peft", "transformers")
+GRID = {"learning_rate": (1e-3, 2e-3, 4e-3), "b_ratio": (1.0, 4.0), "head_ratio": (1.0, 10.0)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to train on."""
+
+    name: tyro.conf.Positional[Literal["clinc150", "ncbi-disease"]]
+    folder: tyro.conf.Positional[Path]
+    """Where its files are."""
+    methods: tuple[Literal["peft", "jlora", "defaults"], ...] = ("peft", "jlora", "defaults")
+    """What to run."""
+    grid: bool = False
+    """Try settings on the validation file, one after the other."""
+    seed: int = 0
+
+
+def data_of(options: Options, scratch: Path) -> Data:
+    """The data set as a job's section."""
+    if options.name == "ncbi-disease":
+        files = {name: options.folder / f"{file}.tsv" for name, file in FILES.items()}
+        return Data(task="token_classification", **files, max_length=128, allow_overlap=True)
+    splits = json.loads((options.folder / "data_full.json").read_text())
+    files = {}
+    for name, split in (("train", "train"), ("validation", "val"), ("test", "test")):
+        files[name] = scratch / f"{name}.jsonl"
+        lines = (json.dumps({"text": text, "label": label}) for text, label in splits[split])
+        files[name].write_text("\n".join(lines) + "\n")
+    return Data(**files, max_length=64, allow_overlap=True)
+
+
+FILES = {"train": "train", "validation": "devel", "test": "test"}
+
+
+def same_settings(options: Options, scratch: Path) -> Config:
+    """PEFT's settings as a job of jlora's."""
+    config = Config(
+        model=Model(name=MINILM, pooling="pooler"),
+        data=data_of(options, scratch),
+        output=Output(folder=scratch / "jlora", overwrite=True, log_every=100),
+        adapter=Adapter(rank=RANK, alpha=ALPHA),
+        optimisation=Optimisation(
+            learning_rate=RATE,
+            b_ratio=1.0,
+            head_ratio=1.0,
+            epochs=EPOCHS,
+            batch_size=BATCH,
+            warmup=0.0,
+            seed=options.seed,
+        ),
+    )
+    return replace(config, optimisation=replace(config.optimisation, warmup=WARMUP / steps_of(config)))
+
+
+def defaults(options: Options, scratch: Path) -> Config:
+    """The recipe as it comes, at the same rank and epochs."""
+    return Config(
+        model=Model(name=MINILM),
+        data=data_of(options, scratch),
+        output=Output(folder=scratch / "defaults", overwrite=True, log_every=100),
+        adapter=Adapter(rank=RANK),
+        optimisation=Optimisation(epochs=EPOCHS, seed=options.seed),
+    )
+
+
+def steps_of(config: Config) -> int:
+    tokenizer = runs.load_base(config, read(config).labels).tokenizer
+    return len(batches_of(config, rows_of(config, tokenizer, read(config), "train").rows, tokenizer)) * EPOCHS
+
+
+def batches_of(config: Config, rows: Any, tokenizer: Any) -> Any:
+    shapes = {"batch_size": config.optimisation.batch_size, "max_length": config.data.max_length}
+    return training_batches(rows, **shapes, pad_id=tokenizer.pad_token_id, seed=config.optimisation.seed)
+
+
+def run_peft(config: Config) -> dict[str, float]:
+    """The job on torch."""
+    import numpy as np
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(config.optimisation.seed)
+    corpus, options = read(config), config.optimisation
+    tokenizer = transformers.AutoTokenizer.from_pretrained(find_folder(config.model.name, None))
+    rows = {name: rows_of(config, tokenizer, corpus, name).rows for name in corpus.splits}
+    tokens = config.data.task == "token_classification"
+    kind = transformers.AutoModelForTokenClassification if tokens else transformers.AutoModelForSequenceClassification
+    # The base's own dropout is off, as in jlora: it is frozen.
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    base = kind.from_pretrained(find_folder(config.model.name, None), num_labels=len(corpus.labels), **dropout)
+    targets = ["query", "key", "value", "dense"]
+    adapter = config.adapter
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=adapter.rank, lora_alpha=int(adapter.alpha or adapter.rank), target_modules=targets,
+            modules_to_save=["classifier"], task_type="TOKEN_CLS" if tokens else "SEQ_CLS",
+        ),
+    )  # fmt: skip
+    trained = [value for value in model.parameters() if value.requires_grad]
+    tx = torch.optim.AdamW(trained, lr=1.0, weight_decay=options.weight_decay)
+    batches = batches_of(config, rows["train"], tokenizer).map(prepare)
+    steps = len(batches) * options.epochs
+    rate = schedule(options, steps)
+
+    def logits_of(batch: Any) -> Any:
+        return model(torch.tensor(batch["input_ids"]), attention_mask=torch.tensor(batch["attention_mask"])).logits
+
+    model.train()
+    for n, prepared in enumerate(batches.repeat(options.epochs)):
+        batch = prepared.batch
+        losses = torch.nn.functional.cross_entropy(
+            logits_of(batch).flatten(0, -2), torch.tensor(batch["labels"]).long().flatten(), reduction="none"
+        )
+        loss = (losses * torch.tensor(batch["weights"]).flatten()).sum() / len(batch["weights"])
+        tx.zero_grad()
+        loss.backward()
+        tx.param_groups[0]["lr"] = float(rate(n))
+        tx.step()
+        if n % 100 == 99:
+            print(f"peft step {n + 1}/{steps} loss {loss.item():.3f}", flush=True)
+    model.eval()
+    gold: list[Any] = [None] * len(rows["test"])
+    said: list[Any] = [None] * len(rows["test"])
+    shapes = {"batch_size": 64, "max_length": config.data.max_length, "pad_id": tokenizer.pad_token_id}
+    with torch.no_grad():
+        for places, batch in ordered_batches(rows["test"], **shapes):
+            best = logits_of(batch).argmax(-1).numpy()
+            for line, place in enumerate(places):
+                kept = batch["weights"][line] > 0
+                gold[place], said[place] = batch["labels"][line][kept], best[line][kept]
+    if not tokens:
+        return {"accuracy": float(np.mean([(g == s).all() for g, s in zip(gold, said, strict=True)]))}
+    names = [[[corpus.labels[n] for n in tags] for tags in all_tags] for all_tags in (gold, said)]
+    return entity_scores(*names)._asdict()
+
+
+def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
+    rows = []
+    for method in options.methods:
+        started = time.perf_counter()
+        config = defaults(options, scratch) if method == "defaults" else same_settings(options, scratch)
+        found = run_peft(config) if method == "peft" else train(config).after
+        rows.append({"method": method, "seconds": time.perf_counter() - started, **found})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def search(options: Options, scratch: Path) -> list[dict[str, Any]]:
+    """The validation result of every combination of settings."""
+    rows = []
+    for values in itertools.product(*GRID.values()):
+        chosen = dict(zip(GRID, values, strict=True))
+        config = defaults(options, scratch)
+        config = replace(
+            config,
+            # The test file is left out: it must not choose.
+            data=replace(config.data, test=None),
+            optimisation=replace(config.optimisation, **chosen),
+        )
+        rows.append({**chosen, **train(config).best})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(options: Options) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = (search if options.grid else measure)(options, Path(scratch))
+    stem = RESULTS / f"parity-{options.name}{'-grid' if options.grid else ''}"
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    columns = list(rows[0])
+    lines = [
+        f"# MiniLM on {options.name}",
+        "",
+        f"- Command: `python benchmarks/parity.py {' '.join(['...' if '/' in a else a for a in sys.argv[1:]])}`",
+        f"- Python {platform.python_version()}, {versions}",
+        f"- Rank {RANK}, {EPOCHS} epochs, batches of {BATCH}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+        *("| " + " | ".join(map(shown, row.values())) + " |" for row in rows),
+    ]
+    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,150 @@
+"""`jlora generate`: a language model's text, as it comes."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jlora.core.errors import complain
+from jlora.core.paths import Tree
+from jlora.core.tree import merge
+from jlora.interop.huggingface import LoadedModel, load_model
+from jlora.interop.peft import load_peft
+from jlora.recipes.generate import stream, unusable_settings
+from jlora.training.checkpoint import restore_adapter
+
+LOST = "\N{REPLACEMENT CHARACTER}"
+
+
+def generate(
+    name: str,
+    prompts: Sequence[str],
+    *,
+    adapter: Path | None,
+    merged: bool,
+    dtype: str,
+    chat: bool,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> None:
+    """Prints every prompt with its continuation, or with `chat` the replies alone; a blank line between two.
+
+    Args:
+        name: folder or hub name of the model.
+        prompts: texts to continue; empty for one, the whole standard input.
+        adapter: a folder of jlora's or of PEFT's.
+        merged: fold the adapter into the base first.
+        dtype: of parameters and computation.
+        chat: each prompt is a message, put into the tokenizer's chat template.
+        max_new_tokens: tokens to add to each, at most.
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw from the k likeliest tokens only.
+        top_p: then from the fewest that reach this probability.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: a model that can't be loaded or can't generate, an adapter that does not fit, settings out of range.
+        OSError: a file is missing or can't be read.
+    """
+    wrong = unusable_settings(max_new_tokens, temperature, top_k, top_p)
+    wrong += ["--merge has nothing to fold  expected: --adapter FOLDER too"] if merged and adapter is None else []
+    if wrong:
+        fix = 'ask as in: jlora generate MODEL "Once upon a time" --temperature 0.8.'
+        raise ValueError(complain("generate", "nothing can be generated.", wrong, fix))
+    texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
+    loaded = load_model(name, dtype=dtype)
+    if loaded.tokenizer is None:
+        fix = "add the tokenizer's files to the model's folder."
+        raise ValueError(complain("generate", f"{name} has no tokenizer.", [], fix))
+    rows = [tokenise(loaded.tokenizer, text, chat=chat) for text in texts]
+    params = loaded.params if adapter is None else load_adapter(adapter, loaded)
+    params = merge(params) if merged else params
+    # All are checked before the first is answered.
+    answers = [
+        stream(
+            loaded.model,
+            params,
+            [row],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_tokens=stop_tokens(loaded),
+            key=jax.random.fold_in(jax.random.key(seed), n),
+        )
+        for n, row in enumerate(rows)
+    ]
+    for n, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        grown = pieces(loaded.tokenizer, row, (int(token[0]) for token in answer))
+        prompt = next(grown)
+        print("\n" if n else "", end="" if chat else prompt, flush=True)
+        for piece in grown:
+            print(piece, end="", flush=True)
+        print()
+
+
+def tokenise(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
+    """A prompt's token ids.
+
+    Raises:
+        ValueError: a chat is asked for, and the tokenizer has no template.
+    """
+    if not chat:
+        return list(tokenizer(text)["input_ids"])
+    if not tokenizer.chat_template:
+        fix = "leave --chat out, or take a model that was trained to chat."
+        raise ValueError(complain("generate", "the tokenizer has no chat template.", [], fix))
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
+    """The base with an adapter from a folder of either kind.
+
+    Raises:
+        ValueError: no adapter there, or one that does not fit.
+    """
+    if (folder / "adapter.json").is_file():
+        return restore_adapter(folder, loaded.params)
+    if (folder / "adapter_config.json").is_file():
+        return load_peft(folder, loaded.model, loaded.params)
+    offenders = ["neither adapter.json (jlora) nor adapter_config.json (PEFT) is there"]
+    fix = "name the folder that save_adapter or save_peft wrote."
+    raise ValueError(complain("generate", f"{folder} holds no adapter.", offenders, fix))
+
+
+def stop_tokens(loaded: LoadedModel) -> list[int]:
+    """The tokens that end a text, as the checkpoint's generation config says, or else its config."""
+    stored = loaded.model.origin.generation
+    found = json.loads(stored or "{}").get("eos_token_id")
+    found = getattr(loaded.config, "eos_token_id", None) if found is None else found
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+
+def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """The prompt's text, then what each token adds to it.
+
+    A character's bytes may be spread over several tokens. Until the last has come they decode to replacement
+    characters, so such an end is held back.
+    """
+    ids = list(prompt)
+    text = decode(tokenizer, ids)
+    given = len(text)
+    yield text
+    for token in tokens:
+        ids.append(token)
+        text = decode(tokenizer, ids)
+        yield text.rstrip(LOST)[given:]
+        given = max(given, len(text.rstrip(LOST)))
+    yield text[given:]
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    # A clean-up would take back spaces that have been printed.
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -1,0 +1,674 @@
+"""PEFT adapter folders, written and read without torch: `adapter_model.safetensors` and `adapter_config.json`.
+
+Source:
+    https://github.com/huggingface/peft, src/peft/tuners/lora (layer.py, model.py), utils/other.py.
+"""
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from jlora.core import layouts
+from jlora.core.errors import complain
+from jlora.core.layouts import AFFIXES, Layout
+from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, unbox
+from jlora.core.targets import Pattern, select
+from jlora.core.tree import adapter_leaf, is_wrapped, kernels
+from jlora.interop.files import staged
+from jlora.interop.modules import (
+    PLAIN,
+    Names,
+    Slot,
+    Table,
+    columns,
+    fold,
+    fold_pair,
+    make_table,
+    module_of,
+    pair_shapes,
+    rows,
+    unfold,
+    unfold_pair,
+    whole_tensor,
+)
+from jlora.models.bert import Bert
+from jlora.models.layers import check_choice
+from jlora.training.checkpoint import place
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+TARGETS = ("peft", "vllm")
+TASKS = {
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "masked_lm": None,
+    None: "FEATURE_EXTRACTION",
+}
+# PEFT trains modules of these names in full for these tasks, asked or not, and fails without their tensors.
+LABELLED, CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
+# What changes the result and is not computed here.
+VARIANTS = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
+)
+# Initialisations that take something out of the base's own weights.
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Keys may hold the adapter's name: lora_A.default.weight.
+FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])(\.[^.]+)?\.weight|embedding_(?P<table>[AB])(\.[^.]+)?)")
+INFIX = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)")
+
+
+class Adapter(NamedTuple):
+    """One module's pair."""
+
+    a: Float[np.ndarray, "fan_in rank"]
+    b: Float[np.ndarray, "rank fan_out"]
+    scaling: np.floating
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+
+class Pair(NamedTuple):
+    """The tensors of one module's adapter, by `lora_A` and so on; `written` is the module's name in the file."""
+
+    written: str
+    factors: dict[str, np.ndarray]
+
+
+def save_peft(
+    folder: str | os.PathLike[str],
+    model: nn.Module | None,
+    params: Tree,
+    *,
+    target: str = "peft",
+    train: Pattern = (),
+    names: Names | None = None,
+    layout: Mapping[str, Layout] | None = None,
+    base_model: str | None = None,
+    dropout: float = 0.0,
+    task_type: str | None = "auto",
+) -> None:
+    """Writes the adapters of a wrapped tree as a PEFT folder.
+
+    `PeftModel.from_pretrained(base, folder)` then computes what the wrapped tree computes. Each module gets its own
+    rank and alpha (`rank_pattern`, `alpha_pattern`), so that alpha / rank is the tree's scaling exactly, whatever
+    formula it was made by. Stacked layers become one entry a layer, and zeros that pad a rank are left out. A model's
+    classifier goes along in full, as PEFT expects it to for its task. A table that is the output head too becomes two
+    entries, one of them transposed; to merge those take `save_model`, as PEFT would add both to the one table.
+
+    A tree of your own says by `names` which torch module holds each kernel::
+
+        names = {
+            "encoder/kernel": "encoder",                                        # Linear; (d, heads, k) is flattened
+            "layers/up/kernel": "layers.{}.up",                                 # one a layer
+            "qkv/kernel": ("attn.q_proj", "attn.k_proj", "attn.v_proj"),        # fused: A shared, B's columns cut
+            "conv/kernel": PeftModule("conv", kind="conv"),
+        }
+
+    Args:
+        folder: made where it is missing; files of the same names are replaced, both or neither.
+        model: one of jlora's models; None with `names`.
+        params: a wrapped tree.
+        target: "peft", or "vllm", which knows no patterns: ranks are padded with zeros to the largest, scalings folded
+            into B in float32 at least, alpha is the rank.
+        train: leaves trained in full beside the adapters, as in `save_adapter`; their modules become modules_to_save.
+        names: for a tree of your own, the torch module or modules of each leaf by path, or a function of the path. A
+            bias is found beside its kernel.
+        layout: layouts by path or regular expression, as `wrap` takes them, for leaves of `train` with more than two
+            axes or in another order than (in, out). Adapters tell their own.
+        base_model: name or folder of the base; None for where `load_model` had it from.
+        dropout: written down for those who train on.
+        task_type: PEFT's; "auto" for what the model's head says.
+
+    Raises:
+        ValueError: whatever the format can't express, all of it listed; nothing is written then.
+    """
+    check_choice("save_peft", target=(target, TARGETS))
+    told = kernels("save_peft", params)
+    leaves = flatten(params)
+    base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
+    full = select("save_peft", train, base) if train else set()
+    table = make_table("save_peft", model, base, names, {**(layout or {}), **told}, {*told, *full})
+    turned = [
+        f"{path!r} is wrapped with the layout {layout!r}, its own is {table.slots[path].layout!r}"
+        for path, layout in told.items()
+        if path in table.slots and layout != table.slots[path].layout.replace("v", "i")
+    ]
+    adapters = {} if turned else gather(table, list(told), leaves)
+    if task_type == "auto":
+        task_type = "CAUSAL_LM" if model is not None else None
+        if isinstance(model, Bert):
+            task_type = TASKS[model.head]
+        if target == "vllm" and task_type in LABELLED:
+            task_type = None
+    saved = saved_modules(table, full, task_type)
+    offenders = [*table.offenders, *turned, *unsaveable(table, adapters, saved, target, task_type, dropout)]
+    if offenders:
+        problem = f"this can't become an adapter for {'PEFT' if target == 'peft' else 'vLLM'}."
+        fix = "leave it out with targets= or train=, or correct names=; save_adapter keeps every tree."
+        raise ValueError(complain("save_peft", problem, offenders, fix))
+    if target == "vllm":
+        adapters = uniform(adapters)
+    tensors = whole_tensors(table, base, saved)
+    for module, adapter in adapters.items():
+        tensors |= pair_tensors(table, module, adapter)
+    origin = getattr(model, "origin", None)
+    config = {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model or (origin.name if origin else None),
+        "inference_mode": True,
+        **ranks_and_alphas(adapters),
+        "target_modules": target_modules(table, adapters),
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": any(table.modules[m][0].kind == "conv1d" for m in adapters if m in table.modules),
+        "modules_to_save": saved or None,
+        "lora_dropout": float(dropout),
+        "init_lora_weights": True,
+    }
+    # PEFT knows tied heads by this name alone.
+    if "lm_head.weight" in table.copies and "lm_head" in {*adapters, *saved}:
+        config["ensure_weight_tying"] = True
+    with staged(File(folder), last=CONFIG) as stage:
+        named = {PREFIX + name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        save_file(named, stage / TENSORS, metadata={"format": "pt"})
+        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_peft(
+    folder: str | os.PathLike[str],
+    model: nn.Module | None,
+    params: Tree,
+    *,
+    names: Names | None = None,
+    layout: Mapping[str, Layout] | None = None,
+) -> Tree:
+    """Puts an adapter from a PEFT folder on its base.
+
+    Scalings are PEFT's own, with its patterns and rsLoRA. Entries of stacked layers are stacked, padded with zeros to
+    the largest rank; a layer without an entry gets zeros, which change nothing and stay zeros in training. Adapters of
+    a fused kernel's parts share A where theirs is the same; else their ranks add up, and a scaling that differs is
+    folded into B. Leaves trained in full, and biases, take the place of the base's, in the base's dtype.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors; a pickle is never read.
+        model: one of jlora's models; None with `names`.
+        params: its parameters, without an adapter.
+        names: for a tree of your own, as in `save_peft`.
+        layout: layouts by path or regular expression, as `wrap` takes them, for kernels of your own with more than two
+            axes or in another order than (in, out).
+
+    Returns:
+        The wrapped tree. A and B are float32 where the kernel is narrower, else of the kernel's dtype.
+
+    Raises:
+        ValueError: no such files or damaged ones, a kind of adapter that is not computed here, tensors that are
+            unknown, missing or misshapen; all of them listed, and nothing attached.
+    """
+    folder = File(folder)
+    base = flatten(params)
+    if is_wrapped(base):
+        fix = "pass the tree before wrap, or jlora.unwrap(params)."
+        raise ValueError(complain("load_peft", "params is already wrapped.", [], fix))
+    config, tensors = read_config(folder), read_tensors(folder)
+    table = make_table("load_peft", model, base, names, layout or {}, None)
+    pairs, plain, offenders = sort_tensors(table, tensors)
+    adapters, wrong = read_adapters(table, config, pairs)
+    offenders += table.offenders + wrong
+    offenders += misfits(table, config, pairs, plain)
+    if not offenders:
+        offenders += untie(table, config, adapters, plain, base)
+    if offenders:
+        problem = f"the adapter in {str(folder)!r} does not fit the model."
+        raise ValueError(complain("load_peft", problem, offenders, "load the adapter onto the base it was trained on."))
+    layout = {path: slot.layout for path, slot in table.slots.items()}
+    return put(params, trios(table, adapters, base), whole_leaves(table, plain, base), layout)
+
+
+def gather(table: Table, paths: Sequence[Path], leaves: Mapping[Path, Any]) -> dict[str, Adapter]:
+    """Each module's adapter, without the zeros that pad its rank."""
+    adapters = {}
+    for path in paths:
+        if slot := table.slots.get(path):
+            a, b, scaling = (np.asarray(leaves[path + affix]) for affix in AFFIXES)
+            a, b = fold_pair(slot, a, b)
+            for module, layer, cut in slot.parts():
+                # In a stack, a layer of zeros was never adapted.
+                least = 1 if len(slot.modules) == 1 else 0
+                adapters[module] = trim(Adapter(a[layer], b[layer][:, cut], scaling.reshape(-1)[layer]), least)
+    for copy, source in table.copies.items():
+        if (adapter := adapters.get(module_of(source))) and copy.endswith(".weight"):
+            adapters[module_of(copy)] = flip(adapter)
+    return {module: adapter for module, adapter in adapters.items() if adapter.rank}
+
+
+def trim(adapter: Adapter, least: int) -> Adapter:
+    """Cuts the last columns of A that are zero with their rows of B: they add nothing and never train."""
+    used = np.flatnonzero((adapter.a != 0).any(0) | (adapter.b != 0).any(1))
+    rank = max(least, int(used[-1]) + 1 if len(used) else 0)
+    return Adapter(adapter.a[:, :rank], adapter.b[:rank], adapter.scaling)
+
+
+def saved_modules(table: Table, full: set[Path], task_type: str | None) -> list[str]:
+    """The modules that go into the file in full."""
+    chosen = {module for path in full if path in table.slots for module, _, _ in table.slots[path].parts()}
+    if task_type in LABELLED:
+        paths = [module.split(".") for module in map(module_of, table.tensors)]
+        chosen |= {".".join(path[: n + 1]) for path in paths for n, name in enumerate(path) if name in CLASSIFIERS}
+    chosen |= {module_of(copy) for copy, source in table.copies.items() if inside(source, chosen)}
+    return sorted(module for module in chosen if not inside(module, chosen))
+
+
+def inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or tensor belongs to one of the modules."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def unsaveable(
+    table: Table,
+    adapters: Mapping[str, Adapter],
+    saved: Sequence[str],
+    target: str,
+    task_type: str | None,
+    dropout: float,
+) -> list[str]:
+    """What the format can't express."""
+    offenders = []
+    always = f", always so for the task {task_type}" if task_type in LABELLED else ""
+    for module, adapter in adapters.items():
+        if module in saved or inside(module, saved):
+            offenders.append(f"{module!r} has an adapter and is saved in full{always}: PEFT takes one of the two")
+        if not np.isfinite(adapter.scaling):
+            offenders.append(f"{module!r} has the scaling {adapter.scaling}")
+    for module in dict.fromkeys(map(module_of, table.tensors)):
+        # PEFT compares the ends of the names as text.
+        ends = [name for name in saved if module.endswith(name)]
+        if ends and module not in saved and not inside(module, saved):
+            offenders.append(f"{module!r} would be saved in full too, because its name ends with {ends[0]!r}")
+    if not adapters and not table.offenders:
+        offenders.append("every A and B is zero")
+    if not 0 <= dropout < 1:
+        offenders.append(f"dropout={dropout}: must be from 0 to below 1")
+    if target == "vllm":
+        offenders += [f"{module!r} is trained in full, and vLLM takes no modules_to_save" for module in saved]
+        slots = {module: slot for module, (slot, _, _) in table.modules.items() if module in adapters}
+        for module, slot in slots.items():
+            if slot.kind in ("conv", "embedding"):
+                offenders.append(f"{module!r} is an adapted {slot.kind}, and vLLM adapts projections only")
+            elif module.rpartition(".")[2] == "lm_head":
+                offenders.append(f"{module!r} is an adapted output head, which vLLM takes for few models")
+    return offenders
+
+
+def uniform(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """All of one rank, and of scaling 1."""
+    rank = max(adapter.rank for adapter in adapters.values())
+
+    def change(adapter: Adapter) -> Adapter:
+        more = rank - adapter.rank
+        b = adapter.b.astype(np.promote_types(adapter.b.dtype, np.float32)) * adapter.scaling
+        one = adapter.scaling.dtype.type(1)
+        return Adapter(np.pad(adapter.a, ((0, 0), (0, more))), np.pad(b, ((0, more), (0, 0))), one)
+
+    return {module: change(adapter) for module, adapter in adapters.items()}
+
+
+def pair_tensors(table: Table, module: str, adapter: Adapter) -> dict[str, np.ndarray]:
+    """An adapter's tensors; one of a tied head, which has no slot, is a Linear's."""
+    slot = table.modules[module][0] if module in table.modules else None
+    if slot and slot.kind == "embedding":
+        return {f"{module}.lora_embedding_A": adapter.a.T, f"{module}.lora_embedding_B": adapter.b.T}
+    a = rows(slot, adapter.a) if slot else adapter.a.T
+    b = adapter.b.T.reshape(-1, adapter.rank, *(1 for _ in a.shape[2:]))
+    return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+
+
+def whole_tensors(table: Table, base: Mapping[Path, Any], modules: Iterable[str]) -> dict[str, np.ndarray]:
+    """The tensors of modules in full, tied ones repeated."""
+    wanted = {name: name for name in table.tensors} | table.copies
+    places = {name: table.tensors[source] for name, source in wanted.items() if inside(name, modules)}
+    matrices = {slot.path: fold(slot, base[slot.path]) for slot, _, _ in places.values()}
+    return {name: whole_tensor(slot, matrices[slot.path][layer][:, cut]) for name, (slot, layer, cut) in places.items()}
+
+
+def ranks_and_alphas(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
+    """The most common rank and alpha, and patterns for all others."""
+    ranks = {module: adapter.rank for module, adapter in adapters.items()}
+    alphas = {module: alpha(adapter) for module, adapter in adapters.items()}
+    (rank, _), (common, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
+    # Anchored: PEFT lets anything stand before a pattern.
+    exactly = lambda module: f"^{re.escape(module)}"
+    return {
+        "r": rank,
+        "lora_alpha": common,
+        "rank_pattern": {exactly(module): value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {exactly(module): value for module, value in alphas.items() if value != common},
+    }
+
+
+def alpha(adapter: Adapter) -> int | float:
+    """What gives the scaling back to the bit when it is divided by the rank; whole if one such is."""
+    exact = float(adapter.scaling) * adapter.rank
+    whole = round(exact)
+    return whole if np.asarray(whole / adapter.rank, adapter.scaling.dtype) == adapter.scaling else exact
+
+
+def target_modules(table: Table, adapters: Iterable[str]) -> list[str] | str:
+    """Names of modules that PEFT matches with the adapted ones and no others."""
+    adapted = set(adapters)
+    known = {
+        ".".join(path[: n + 1])
+        for path in (m.split(".") for m in map(module_of, table.tensors))
+        for n in range(len(path))
+    }
+    known |= adapted
+    reach = lambda names: {module for module in known if named_in(names, module)}
+    # Of a tree of the user's, torch may have more modules than are named here.
+    short = sorted({module.rpartition(".")[2] for module in adapted})
+    if table.complete and reach(short) == adapted:
+        return short
+    return sorted(adapted) if reach(adapted) == adapted else "|".join(map(re.escape, sorted(adapted)))
+
+
+def named_in(names: str | Iterable[str], module: str) -> bool:
+    """PEFT's test of a module against target_modules or exclude_modules."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(f".{module}".endswith(f".{name}") for name in names)
+
+
+def read_config(folder: File) -> dict[str, Any]:
+    """PEFT's config.
+
+    Raises:
+        ValueError: none there, or one that asks for what is not computed here.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"an object was expected, not a {type(config).__name__}")
+    except FileNotFoundError:
+        fix = "pass the folder that PEFT's save_pretrained or jlora.save_peft wrote."
+        raise ValueError(complain("load_peft", f"{str(folder)!r} has no {CONFIG}.", [], fix)) from None
+    except ValueError as error:
+        problem = f"{str(folder / CONFIG)!r} is no JSON object."
+        raise ValueError(complain("load_peft", problem, [str(error)], "fetch the file again.")) from error
+    offenders = [f"{name} = {json.dumps(config[name])}" for name in VARIANTS if config.get(name)]
+    if config.get("peft_type") != "LORA":
+        offenders.append(f"peft_type = {json.dumps(config.get('peft_type'))}, known: LORA")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGED_BASE):
+        offenders.append(
+            f"init_lora_weights = {init!r}, which changed the base: save it from PEFT with "
+            "path_initial_model_for_weight_conversion, or write true there if params is the base as it was changed"
+        )
+    # PEFT would take 8 for either.
+    for name, kinds in (("r", int), ("lora_alpha", int | float)):
+        if not isinstance(config.get(name), kinds):
+            offenders.append(f"{name} = {json.dumps(config.get(name))}, not a number")
+    if offenders:
+        problem = f"{str(folder / CONFIG)!r} asks for what is not computed here."
+        raise ValueError(
+            complain("load_peft", problem, offenders, "merge the adapter in PEFT, or convert it to plain LoRA.")
+        )
+    return config
+
+
+def read_tensors(folder: File) -> dict[str, np.ndarray]:
+    """All tensors of the file.
+
+    Raises:
+        ValueError: none there, or a damaged one.
+    """
+    try:
+        return load_file(folder / TENSORS)
+    except FileNotFoundError:
+        offenders = [f"{PICKLE}  (a pickle can run any code when it is read)"] if (folder / PICKLE).is_file() else []
+        problem, fix = f"{str(folder)!r} has no {TENSORS}.", "save the adapter again with PEFT's save_pretrained."
+        raise ValueError(complain("load_peft", problem, offenders, fix)) from None
+    except SafetensorError as error:
+        problem = f"{str(folder / TENSORS)!r} is damaged."
+        raise ValueError(complain("load_peft", problem, [str(error)], "fetch the file again.")) from error
+
+
+def sort_tensors(
+    table: Table, tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Pair], dict[str, np.ndarray], list[str]]:
+    """The tensors of adapters by module, those in full by name, and what can't be either."""
+    pairs: dict[str, Pair] = {}
+    plain: dict[str, np.ndarray] = {}
+    offenders = []
+    for key, value in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if found := FACTOR.fullmatch(name):
+            written, factor = found["module"], found["linear"] or found["table"]
+            pair = pairs.setdefault(module_of(table.spell(f"{written}.weight")), Pair(written, {}))
+            group, name = pair.factors, f"lora_{'embedding_' if found['table'] else ''}{factor}"
+        else:
+            group, name = plain, table.spell(INFIX.sub("", name))
+        if name in group:
+            offenders.append(f"{key!r} is there twice, under another spelling too")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            offenders.append(f"{key!r} is stored as {value.dtype}, not as floats")
+        group[name] = value
+    return pairs, plain, offenders
+
+
+def read_adapters(
+    table: Table, config: Mapping[str, Any], pairs: Mapping[str, Pair]
+) -> tuple[dict[str, Adapter], list[str]]:
+    """The adapters of a file, and what keeps others from being one."""
+    places, adapters, offenders = table.modules, {}, []
+    heads = {module_of(c): table.tensors[source][0] for c, source in table.copies.items() if c.endswith(".weight")}
+    for module, (written, factors) in pairs.items():
+        if module not in places and module not in heads:
+            offenders.append(f"{written!r} is no module of the model that can have an adapter")
+            continue
+        rank = resolve(config, "rank_pattern", written, config["r"])
+        if module in places:
+            slot, _, cut = places[module]
+            wide = pair_shapes(slot, cut.stop - cut.start, rank)
+        else:
+            slot = heads[module]._replace(kind="linear")
+            wide = (rank, slot.shape[1]), (slot.shape[0], rank)
+        prefix = "lora_embedding_" if slot.kind == "embedding" else "lora_"
+        wanted = dict(zip((f"{prefix}A", f"{prefix}B"), wide, strict=True))
+        offenders += [f"{written!r} lacks its {name}" for name in wanted if name not in factors]
+        offenders += [
+            f"{written!r} has a {name}, but is {slot.kind} in the model" for name in factors if name not in wanted
+        ]
+        wrong = [
+            f"{written!r} has {name} {factors[name].shape}, the model and rank {rank} ask for {shape}"
+            for name, shape in wanted.items()
+            if name in factors and factors[name].shape != shape
+        ]
+        offenders += wrong
+        if not wrong and wanted.keys() == factors.keys():
+            a, b = (factors[name] for name in wanted)
+            scaling = resolve(config, "alpha_pattern", written, config["lora_alpha"])
+            scaling /= math.sqrt(rank) if config.get("use_rslora") else rank
+            adapters[module] = Adapter(columns(slot, a), b.reshape(len(b), -1).T, np.float64(scaling))
+    return adapters, offenders
+
+
+def resolve(config: Mapping[str, Any], pattern: str, module: str, default: Any) -> Any:
+    """A module's own rank or alpha: that of the first pattern that matches."""
+    patterns = config.get(pattern) or {}
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def misfits(
+    table: Table, config: Mapping[str, Any], pairs: Mapping[str, Pair], plain: Mapping[str, np.ndarray]
+) -> list[str]:
+    """What is missing in the file, and tensors in full that are not the model's."""
+    offenders = [] if pairs else ["the file holds no lora_A and no lora_B"]
+    offenders += [
+        f"{module!r} is one of target_modules, but has no lora_A and lora_B"
+        for module in table.modules
+        if pairs and module not in pairs and targeted(config, module)
+    ]
+    saved = tuple(config.get("modules_to_save") or ())
+    parents = lambda name: (name[: dot.start()] for dot in re.finditer(r"\.", name))
+    offenders += [
+        f"{name!r} is missing, its module is one of modules_to_save"
+        for name in table.tensors
+        if saved and name not in plain and any(parent.endswith(saved) for parent in parents(name))
+    ]
+    for name, value in plain.items():
+        place = table.tensors.get(table.copies.get(name, name))
+        if place is None:
+            offenders.append(f"{name!r} is not used by the model")
+        elif value.shape != (shape := whole_shape(place)):
+            offenders.append(f"{name!r} has shape {value.shape}, the model {shape}")
+    return offenders
+
+
+def whole_shape(place: tuple[Slot, int, slice]) -> tuple[int, ...]:
+    slot, _, cut = place
+    return whole_tensor(slot, np.empty((slot.fan_in, cut.stop - cut.start), bool)).shape
+
+
+def targeted(config: Mapping[str, Any], module: str) -> bool:
+    """PEFT's test of whether a module gets an adapter."""
+    names, saved = config.get("target_modules") or (), config.get("modules_to_save") or ()
+    if named_in(config.get("exclude_modules") or (), module):
+        return False
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved) or not named_in(names, module):
+        return False
+    layers = config.get("layers_to_transform")
+    if isinstance(names, str) or module in names or layers in (None, []):
+        return True
+    pattern = config.get("layers_pattern") or r"[^.]*"
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    found = next(filter(None, (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in patterns)), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def untie(
+    table: Table,
+    config: Mapping[str, Any],
+    adapters: dict[str, Adapter],
+    plain: dict[str, np.ndarray],
+    base: Mapping[Path, Any],
+) -> list[str]:
+    """Takes tied heads out of `adapters` and `plain`; those that change apart from their table are named."""
+    follows, offenders = config.get("ensure_weight_tying"), []
+    for copy, source in table.copies.items():
+        apart = False
+        if copy in plain or source in plain:
+            slot, layer, cut = table.tensors[source]
+            own = whole_tensor(slot, fold(slot, base[slot.path])[layer][:, cut])
+            value = plain.get(source, own).astype(own.dtype)
+            apart = not np.array_equal(plain.pop(copy, value if follows else own).astype(own.dtype), value)
+        if copy.endswith(".weight"):
+            ours = adapters.get(module_of(source))
+            wanted = ours and flip(ours)
+            apart |= not alike(wanted, adapters.pop(module_of(copy), wanted if follows else None))
+        if apart:
+            offenders.append(f"{copy!r} and {source!r} are one in the model, but the adapter changes them apart")
+    return offenders
+
+
+def alike(one: Adapter | None, other: Adapter | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b) and one.scaling == other.scaling
+
+
+def flip(adapter: Adapter) -> Adapter:
+    """A table's adapter as that of the head that is tied to it."""
+    return Adapter(adapter.b.T, adapter.a.T, adapter.scaling)
+
+
+def trios(
+    table: Table, adapters: Mapping[str, Adapter], base: Mapping[Path, Any]
+) -> dict[Path, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """A, B and scaling of every adapted leaf."""
+    out = {}
+    for path, slot in table.slots.items():
+        layers = [join_parts([adapters.get(module) for module in modules], slot) for modules in slot.modules]
+        if any(layers) and slot.kind != PLAIN:
+            dtype = np.dtype(jnp.promote_types(base[path].dtype, jnp.float32))
+            rank = max(layer.rank for layer in layers if layer)
+            fan_out = sum(slot.widths)
+            a = np.zeros((len(layers), slot.fan_in, rank), dtype)
+            b = np.zeros((len(layers), rank, fan_out), dtype)
+            scaling = np.full(len(layers), next(layer.scaling for layer in layers if layer), dtype)
+            for n, layer in enumerate(layers):
+                if layer:
+                    a[n, :, : layer.rank], b[n, : layer.rank], scaling[n] = layer
+            out[path] = (*unfold_pair(slot, a, b), scaling.reshape(slot.sizes("s")))
+    return out
+
+
+def join_parts(parts: Sequence[Adapter | None], slot: Slot) -> Adapter | None:
+    """The adapter of a layer's kernel from those of the modules that it is fused of."""
+    found = [part for part in parts if part]
+    if len(parts) == 1 or not found:
+        return parts[0]
+    if len({part.scaling for part in found}) > 1:
+        found = [Adapter(p.a, p.b.astype(np.float32) * np.float32(p.scaling), np.float64(1)) for p in found]
+    first = found[0]
+    shared = all(np.array_equal(part.a, first.a) for part in found)
+    a = first.a if shared else np.concatenate([part.a for part in found], axis=1)
+    b = np.zeros((a.shape[1], sum(slot.widths)), np.result_type(*(part.b for part in found)))
+    column = row = 0
+    rest = iter(found)
+    for part, width in zip(parts, slot.widths, strict=True):
+        if part:
+            part = next(rest)
+            b[row : row + part.rank, column : column + width] = part.b
+            row += 0 if shared else part.rank
+        column += width
+    return Adapter(a, b, first.scaling)
+
+
+def whole_leaves(table: Table, plain: Mapping[str, np.ndarray], base: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
+    """The leaves that the file has values for; layers and parts that it has none for are the base's."""
+    places = {name: table.tensors[name] for name in plain}
+    out = {slot.path: fold(slot, base[slot.path]).copy() for slot, _, _ in places.values()}
+    for name, (slot, layer, cut) in places.items():
+        value = plain[name]
+        if slot.kind in ("linear", "conv"):
+            value = columns(slot, value)
+        out[slot.path][layer, :, cut] = value
+    return {path: unfold(table.slots[path], matrices) for path, matrices in out.items()}
+
+
+def put(
+    params: Tree,
+    new: Mapping[Path, tuple[np.ndarray, ...]],
+    full: Mapping[Path, np.ndarray],
+    told: Mapping[Path, Layout],
+) -> Tree:
+    """The tree with adapters beside its kernels, and some of its leaves replaced."""
+
+    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+        out: dict[Any, Any] = {}
+        for name, node in nodes.items():
+            where, leaf = join_path(path, name), unbox(node)
+            out[name] = node
+            if where in full:
+                out[name] = box(node, place(full[where], leaf, tuple(range(leaf.ndim))), tuple(range(leaf.ndim)))
+            if where in new:
+                for affix, value, axes in zip(AFFIXES, new[where], layouts.pair_axes(told[where]), strict=True):
+                    out[f"{name}{affix}"] = box(node, place(value, leaf, axes), axes)
+        return out
+
+    return edit(params, change)

@@ -1,0 +1,299 @@
+"""GPT-2 in Flax linen: learned positions, pre-norm blocks, one fused projection for queries, keys and values.
+
+Module and parameter names are those of the Hugging Face checkpoint (`h_0/attn/c_attn/kernel` for
+`transformer.h.0.attn.c_attn.weight`, which is stored `(in, out)` there too), every projection is a two-axis kernel, and
+there is no dropout: the base is frozen in fine-tuning, and adapters have their own.
+
+Source:
+    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jlora.core.errors import complain
+from jlora.models.layers import (
+    ACTIVATIONS,
+    Cache,
+    Origin,
+    attend,
+    join_heads,
+    layer_norm,
+    look,
+    make_layers,
+    run_layers,
+    split_heads,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpt2Config:
+    """The shape of a GPT-2, and how it is computed.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        hidden_size: width of the residual stream.
+        num_layers: blocks.
+        num_heads: attention heads.
+        num_positions: learned positions, the most tokens that a text may have.
+        intermediate_size: width inside the MLP; `None` for 4 hidden_size.
+        norm_eps: epsilon of every LayerNorm.
+        activation: of the MLP.
+        tie_embeddings: the output head is the embedding table, transposed.
+        scale_by_width: scores are divided by sqrt(width of a head).
+        scale_by_layer: scores are divided by the layer's number too, counted from 1.
+        dtype: what the matmuls are computed in; norms and softmax use float32 at least.
+        param_dtype: what `init` makes the parameters in.
+        scan: one compiled block for all layers, parameters stacked on axis 0 under `h`.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+
+    Raises:
+        ValueError: values that make no GPT-2, listed together.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_positions: int = 1024
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-5
+    activation: str = "gelu_new"
+    tie_embeddings: bool = True
+    scale_by_width: bool = True
+    scale_by_layer: bool = False
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    scan: bool = False
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        offenders = []
+        if self.activation not in ACTIVATIONS:
+            offenders.append(f"activation is {self.activation!r}, known: {', '.join(ACTIVATIONS)}")
+        if self.hidden_size % self.num_heads:
+            offenders.append(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+        if offenders:
+            raise ValueError(complain("Gpt2Config", "values that make no GPT-2.", offenders, "correct the config."))
+
+    @classmethod
+    def from_hf(cls, config: Any, **switches: Any) -> Gpt2Config:
+        """Reads transformers' GPT2Config.
+
+        `reorder_and_upcast_attn` asks for scores and softmax in float32, which is how they are computed here anyway.
+
+        Args:
+            config: transformers' config.
+            switches: dtype, param_dtype, scan, remat.
+
+        Raises:
+            ValueError: values that ask for something this model does not compute, all of them listed.
+        """
+        offenders = []
+        if config.add_cross_attention:
+            offenders.append("add_cross_attention is set: there is nothing here to attend to")
+        if config.activation_function not in ACTIVATIONS:
+            offenders.append(f"activation_function {config.activation_function!r}, known: {', '.join(ACTIVATIONS)}")
+        if offenders:
+            problem, fix = "the config asks for another model.", "take a checkpoint without them."
+            raise ValueError(complain("Gpt2Config", problem, offenders, fix))
+        return cls(
+            vocab_size=config.vocab_size,
+            hidden_size=config.n_embd,
+            num_layers=config.n_layer,
+            num_heads=config.n_head,
+            num_positions=config.n_positions,
+            intermediate_size=config.n_inner,
+            norm_eps=config.layer_norm_epsilon,
+            activation=config.activation_function,
+            tie_embeddings=config.tie_word_embeddings,
+            scale_by_width=config.scale_attn_weights,
+            scale_by_layer=config.scale_attn_by_inverse_layer_idx,
+            **switches,
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def scales(self) -> list[float]:
+        """What each layer multiplies its scores by."""
+        scale = self.head_width**-0.5 if self.scale_by_width else 1.0
+        return [scale / (i + 1) if self.scale_by_layer else scale for i in range(self.num_layers)]
+
+
+class Attention(nn.Module):
+    """Causal self-attention; its keys and values are given back for the cache."""
+
+    config: Gpt2Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time d"], each: Any, bias: Float[Array, "b 1 time source"]
+    ) -> tuple[Float[Array, "batch time d"], tuple[Array, Array]]:
+        config = self.config
+        scale, past = each
+        # Split here and not in the kernel: a transform that reads the kernel meets it whole.
+        parts = jnp.split(dense(config, 3 * config.hidden_size, "c_attn")(x), 3, axis=-1)
+        q, k, v = (split_heads(part, config.num_heads) for part in parts)
+        y = attend(q, k, v, bias, scale=jnp.asarray(scale, q.dtype), past=past)
+        return dense(config, config.hidden_size, "c_proj")(join_heads(y)), (k, v)
+
+
+class MLP(nn.Module):
+    """The wide pair of projections."""
+
+    config: Gpt2Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch time d"]) -> Float[Array, "batch time d"]:
+        config = self.config
+        inner = 4 * config.hidden_size if config.intermediate_size is None else config.intermediate_size
+        y = ACTIVATIONS[config.activation](dense(config, inner, "c_fc")(x))
+        return dense(config, config.hidden_size, "c_proj")(y)
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each on a normed copy of the residual stream."""
+
+    config: Gpt2Config
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch time d"], each: Any, bias: Float[Array, "b 1 time source"]
+    ) -> tuple[Float[Array, "batch time d"], tuple[Array, Array]]:
+        config = self.config
+        y, pair = Attention(config, name="attn")(norm(config, "ln_1")(x), each, bias)
+        x = x + y
+        return x + MLP(config, name="mlp")(norm(config, "ln_2")(x)), pair
+
+
+class Gpt2(nn.Module):
+    """Token ids to logits; `hidden` and `head` are its two halves.
+
+    >>> import jax
+    >>> config = Gpt2Config(vocab_size=32, hidden_size=8, num_layers=2, num_heads=2, num_positions=16)
+    >>> model, ids = Gpt2(config), jnp.zeros((1, 4), jnp.int32)
+    >>> params = model.init(jax.random.key(0), ids)["params"]
+    >>> model.apply({"params": params}, ids).shape
+    (1, 4, 32)
+    >>> model.apply({"params": params}, ids, method="hidden").shape
+    (1, 4, 8)
+
+    With `cache=model.init_cache(batch, length)` a call gives (logits, cache), and the next call goes on from there.
+
+    Args:
+        config: its shape.
+        origin: the checkpoint it comes from, None for a model made by hand.
+    """
+
+    config: Gpt2Config
+    origin: Origin | None = None
+
+    lora_targets: ClassVar[str] = r"h(_\d+)?/.*/kernel"
+    sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]] = (
+        (r".*/c_proj/kernel", PartitionSpec("model", None)),
+        (r".*/kernel", PartitionSpec(None, "model")),
+        (r"wte/embedding", PartitionSpec("model", None)),
+    )
+
+    @property
+    def lora_layout(self) -> dict[str, str] | None:
+        """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
+        return {r"h/.*/kernel": "sio"} if self.config.scan else None
+
+    def setup(self) -> None:
+        config = self.config
+        init = nn.initializers.normal(0.02)
+        dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+        self.wte = nn.Embed(config.vocab_size, config.hidden_size, embedding_init=init, **dtypes)
+        self.wpe = nn.Embed(config.num_positions, config.hidden_size, embedding_init=init, **dtypes)
+        self.h = make_layers(Block, config, count=config.num_layers, scan=config.scan, remat=config.remat)
+        self.ln_f = norm(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, **dtypes)
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of at most `length` tokens.
+
+        Raises:
+            ValueError: more tokens than positions.
+        """
+        config = self.config
+        check_length(config, length)
+        sizes = {"layers": config.num_layers, "heads": config.num_heads, "width": config.head_width}
+        return Cache.empty(batch, length, **sizes, dtype=config.dtype, scan=config.scan)
+
+    def hidden(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"] | None = None,
+        *,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """The final hidden states (batch, time, d), normed: what the head multiplies. With a cache, that too.
+
+        Raises:
+            ValueError: more tokens than positions. A packed row may be longer, as positions count within each text; a
+                text in it that is too long gives NaN.
+        """
+        config = self.config
+        if cache is None and segment_ids is None:
+            check_length(config, input_ids.shape[1])
+        sight = look(input_ids, attention_mask, segment_ids, cache)
+        pairs = None if cache is None else cache.layers
+        if config.scan:
+            each: Any = (jnp.array(config.scales), pairs)
+        else:
+            each = [(scale, None if pairs is None else pairs[i]) for i, scale in enumerate(config.scales)]
+        x = self.wte(input_ids) + self.wpe(sight.positions)
+        x, new = run_layers(self.h, x, each, sight.bias())
+        x = self.ln_f(x)
+        return x if cache is None else (x, cache.write(new, sight.segments, after=x))
+
+    def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+        """Logits of hidden states, in the compute dtype."""
+        return self.wte.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "batch time"],
+        attention_mask: Int[Array, "batch time"] | None = None,
+        *,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        cache: Cache | None = None,
+    ) -> Any:
+        """Logits (batch, time, vocab). With a cache, (logits, the cache with these tokens in it).
+
+        Args:
+            input_ids: token ids.
+            attention_mask: 1 for a token, 0 for padding on either side.
+            segment_ids: packed texts, each with a number of its own from 1; 0 for padding.
+            cache: from `init_cache` or from the call before.
+        """
+        hidden = self.hidden(input_ids, attention_mask, segment_ids=segment_ids, cache=cache)
+        return self.head(hidden) if cache is None else (self.head(hidden[0]), hidden[1])
+
+
+def check_length(config: Gpt2Config, length: int) -> None:
+    if length > config.num_positions:
+        problem = f"{length} tokens, but there are positions for {config.num_positions}."
+        raise ValueError(complain("Gpt2", problem, (), "truncate the input."))
+
+
+def dense(config: Gpt2Config, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def norm(config: Gpt2Config, name: str | None = None) -> nn.LayerNorm:
+    return layer_norm(config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)

@@ -1,0 +1,412 @@
+"""What an adapter's folder holds: targets, ranks, scalings, sizes, how far it moves each kernel, and its base."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from jlora.core.errors import complain
+from jlora.core.layouts import AFFIXES, ORDERED, Layout, read
+from jlora.core.paths import Path, Tree, flatten
+from jlora.core.tree import adapter_leaf, kernels
+from jlora.interop import peft
+from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json
+from jlora.interop.modules import Table
+from jlora.recipes.config import read as read_job
+from jlora.recipes.runs import ADAPTER, CONFIG, load_run
+from jlora.training.checkpoint import METADATA, _read_arrays, _read_metadata, restore_adapter
+
+HEADS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The adapter of one kernel; a stacked kernel has one for every layer.
+
+    Attributes:
+        path: slash path of the kernel; in a PEFT folder that is looked at without its base, the torch module's name.
+        index: place in the stack, empty where the kernel is not stacked.
+        rank: columns of A.
+        alpha: numerator of the scaling.
+        scaling: what AB is multiplied by.
+        parameters: of A and B.
+        bytes: of A, B and the scaling.
+        norm: Frobenius norm of scaling * AB.
+        ratio: that over the norm of the kernel; None where the base was not given, or is zero.
+    """
+
+    path: str
+    index: tuple[int, ...]
+    rank: int
+    alpha: float
+    scaling: float
+    parameters: int
+    bytes: int
+    norm: float
+    ratio: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The path with the place in the stack."""
+        return self.path + (f"[{','.join(map(str, self.index))}]" if self.index else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A leaf trained in full."""
+
+    path: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What an adapter's folder holds; `str()` is a table.
+
+    Attributes:
+        folder: where it is.
+        format: "jlora" or "PEFT".
+        base: name or folder of the base it belongs to; None where the folder does not say.
+        base_parameters: how many the base has; None where the folder does not say.
+        libraries: versions it was written with, where they are known.
+        targets: the adapters, one a kernel and layer.
+        whole: leaves trained in full.
+    """
+
+    folder: str
+    format: str
+    base: str | None
+    base_parameters: int | None
+    libraries: dict[str, str]
+    targets: tuple[Target, ...]
+    whole: tuple[Whole, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that were trained."""
+        return sum(target.parameters for target in self.targets) + sum(math.prod(leaf.shape) for leaf in self.whole)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all that the folder holds for the base."""
+        return sum(target.bytes for target in self.targets) + sum(leaf.bytes for leaf in self.whole)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return asdict(self) | {"parameters": self.parameters, "bytes": self.bytes}
+
+    def __str__(self) -> str:
+        size = "" if self.base_parameters is None else f", {self.base_parameters:,} parameters"
+        libraries = ", ".join(f"{name} {version}" for name, version in self.libraries.items())
+        rows = [("target", "rank", "alpha", "scaling", "parameters", "bytes", "|sAB|", "|sAB|/|W|")]
+        rows += [
+            (
+                *(target.name, str(target.rank), f"{target.alpha:g}", f"{target.scaling:g}"),
+                *(f"{target.parameters:,}", f"{target.bytes:,}", f"{target.norm:.4g}"),
+                "" if target.ratio is None else f"{target.ratio:.4g}",
+            )
+            for target in self.targets
+        ]
+        rows += [
+            (leaf.path, "full", "", "", f"{math.prod(leaf.shape):,}", f"{leaf.bytes:,}", "", "") for leaf in self.whole
+        ]
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
+            "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))])
+            for row in rows
+        ]
+        return "\n".join(
+            [
+                f"{self.folder}: {self.format} adapter of {self.base or 'a base it does not name'}{size}",
+                *([f"written with {libraries}"] if libraries else []),
+                *(line.rstrip() for line in table),
+                f"{self.parameters:,} parameters, {self.bytes:,} bytes",
+            ]
+        )
+
+
+class Adapted(NamedTuple):
+    """A base with an adapter from a folder.
+
+    Attributes:
+        loaded: the base; its parameters are without the adapter.
+        params: with it.
+        train: paths of leaves that were trained in full.
+        dropout: share of the adapters' input that was dropped in training, 0 where it is not known.
+    """
+
+    loaded: LoadedModel
+    params: Tree
+    train: tuple[Path, ...]
+    dropout: float = 0.0
+
+
+def find_kind(folder: File) -> str:
+    """What a folder holds: "run" (of `jlora train`), "jlora" (of `save_adapter`) or "PEFT".
+
+    Raises:
+        FileNotFoundError: none of them.
+    """
+    signs = {"jlora": folder / METADATA, "PEFT": folder / peft.CONFIG, "run": folder / ADAPTER / METADATA}
+    for kind, file in signs.items():
+        if file.is_file():
+            return kind
+    offenders = [f"no {file.relative_to(folder)}  ({kind})" for kind, file in signs.items()]
+    fix = "name the folder that `jlora train`, save_adapter or PEFT wrote."
+    raise FileNotFoundError(complain("adapter", f"{folder} holds no adapter.", offenders, fix))
+
+
+def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = "float32") -> Adapted:
+    """Loads the base of an adapter, and puts the adapter on it.
+
+    Args:
+        folder: of a training run, of `save_adapter`, or of PEFT.
+        model: folder or hub name of the base; needed for a folder of `save_adapter`, which does not name it; in place
+            of the name in the folder otherwise.
+        dtype: of the base under a PEFT adapter, None for the one it is stored in; jlora's own goes on a base of the
+            dtype it was trained with alone.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: the base is not named, can't be loaded or is another one; the adapter is damaged.
+    """
+    kind = find_kind(folder)
+    if kind == "run":
+        run = load_run(folder, model=model)
+        loaded, params, dropout = run.task.loaded, run.params, run.config.adapter.dropout
+        return Adapted(loaded, params, changed(loaded.params, params), dropout)
+    if kind == "jlora":
+        metadata = _read_metadata(folder)
+        loaded = load_model(named(folder, model), **form_of(metadata["base"], named(folder, model)))
+        params = restore_adapter(folder, loaded.params)
+        return Adapted(loaded, params, changed(loaded.params, params))
+    config = peft.read_config(folder)
+    name = named(folder, model or config.get("base_model_name_or_path"))
+    loaded = load_model(name, dtype=dtype or stored_dtype(name), **head_of(folder, config))
+    params = peft.load_peft(folder, loaded.model, loaded.params)
+    return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
+
+
+def named(folder: File, model: str | None) -> str:
+    """The base's name.
+
+    Raises:
+        ValueError: nothing names it.
+    """
+    if model is None:
+        problem = f"{folder} does not say which base it belongs to."
+        raise ValueError(complain("adapter", problem, [], "name the base: --model FOLDER, or its name on the hub."))
+    return model
+
+
+def form_of(base: Mapping[Path, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """How a base has to be loaded to have the leaves that an adapter was trained on."""
+    stack = find_family(find_folder(name, None)).stack
+    dtypes = {leaf["dtype"] for leaf in base.values()}
+    form: dict[str, Any] = {"scan": any(stack in path.split("/") for path in base)}
+    form |= {"dtype": next(iter(dtypes))} if len(dtypes) == 1 else {}
+    return form | ({"num_labels": base["classifier/bias"]["shape"][0]} if "classifier/bias" in base else {})
+
+
+def stored_dtype(name: str) -> str:
+    """The dtype that a base's config names, float32 where it names none."""
+    content = read_json(find_folder(name, None) / "config.json")
+    stored = content.get("dtype") or content.get("torch_dtype")
+    return stored if stored in ("bfloat16", "float16") else "float32"
+
+
+def head_of(folder: File, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The head that a PEFT adapter was trained with, as `load_model` takes it."""
+    head = HEADS.get(str(config.get("task_type")))
+    if head is None:
+        return {}
+    named = [value for name, value in peft.read_tensors(folder).items() if name.endswith("classifier.weight")]
+    return {"head": head} | ({"num_labels": len(named[0])} if named else {})
+
+
+def changed(base: Tree, params: Tree) -> tuple[Path, ...]:
+    """The leaves of a base that loading an adapter replaced."""
+    before = flatten(base)
+    return tuple(p for p, leaf in flatten(params).items() if not adapter_leaf(p) and leaf is not before[p])
+
+
+def describe_adapter(folder: str | File, model: str | None = None) -> Description:
+    """Says what an adapter's folder holds.
+
+    Args:
+        folder: of a training run, of `save_adapter`, or of PEFT.
+        model: folder or hub name of the base, to hold every update against its kernel; None to read the adapter alone.
+
+    Raises:
+        FileNotFoundError: no adapter there.
+        ValueError: it is damaged, or does not fit the base.
+    """
+    folder = File(folder)
+    kind = find_kind(folder)
+    if kind == "PEFT":
+        found = describe_peft(folder)
+    else:
+        inner = folder / ADAPTER if kind == "run" else folder
+        found = describe_own(inner, read_job(folder / CONFIG).model.name if kind == "run" else None)
+    values = {item: getattr(found, item) for item in found.__dataclass_fields__} | {"folder": str(folder)}
+    if model is not None:
+        adapted = load_adapted(folder, model)
+        leaves, told = flatten(adapted.params), kernels("inspect", adapted.params)
+        trios = {path: ([leaves[path + affix] for affix in AFFIXES], told[path]) for path in told}
+        full = [Whole(path=p, shape=leaves[p].shape, bytes=leaves[p].nbytes) for p in adapted.train]
+        targets = targets_of(trios, kernel_norms(adapted.params))
+        total = sum(leaf.size for path, leaf in flatten(adapted.loaded.params).items())
+        values |= {"targets": targets, "whole": tuple(full), "base": model, "base_parameters": total}
+    return Description(**values)
+
+
+def describe_own(folder: File, base: str | None) -> Description:
+    """What a folder of `save_adapter` holds."""
+    metadata = _read_metadata(folder)
+    arrays, leaves = _read_arrays(folder, metadata), metadata["base"]
+    trios = {}
+    for path in metadata["targets"]:
+        trio = [arrays[path + affix] for affix in AFFIXES]
+        layout = read(tuple(leaves[path]["shape"]), *(leaf.shape for leaf in trio))
+        assert layout is not None, "digests hold, so the shapes fit as they did when saved"
+        trios[path] = trio, layout
+    return Description(
+        folder=str(folder),
+        format="jlora",
+        base=base,
+        base_parameters=sum(math.prod(leaf["shape"]) for leaf in leaves.values()),
+        libraries={name: version for name, version in metadata["libraries"].items() if version},
+        targets=targets_of(trios),
+        whole=tuple(Whole(path=p, shape=arrays[p].shape, bytes=arrays[p].nbytes) for p in metadata["train"]),
+    )
+
+
+def describe_peft(folder: File) -> Description:
+    """What a PEFT folder holds, by torch's names.
+
+    Raises:
+        ValueError: files missing or damaged, an adapter of another kind, or half of a pair missing.
+    """
+    config, tensors = peft.read_config(folder), peft.read_tensors(folder)
+    pairs, plain, offenders = peft.sort_tensors(Table({}, {}, str, False, []), tensors)
+    offenders += [f"{module!r} has no second half" for module, pair in pairs.items() if len(pair.factors) != 2]
+    if offenders:
+        problem = f"the adapter in {folder} is damaged."
+        raise ValueError(complain("inspect", problem, offenders, "save the adapter again with PEFT's save_pretrained."))
+    targets = []
+    for module, (written, factors) in pairs.items():
+        a, b = (factors[name] for name in sorted(factors))
+        rank = len(a)
+        alpha = peft.resolve(config, "alpha_pattern", written, config["lora_alpha"])
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        norm = product_norms(a.reshape(1, rank, -1).swapaxes(1, 2), b.reshape(1, -1, rank), np.array([scaling]))
+        targets.append(
+            Target(
+                path=module,
+                index=(),
+                rank=rank,
+                alpha=float(alpha),
+                scaling=scaling,
+                parameters=a.size + b.size,
+                bytes=a.nbytes + b.nbytes,
+                norm=float(norm[0]),
+            )
+        )
+    return Description(
+        folder=str(folder),
+        format="PEFT",
+        base=config.get("base_model_name_or_path"),
+        base_parameters=None,
+        libraries={"peft": config["peft_version"]} if config.get("peft_version") else {},
+        targets=tuple(targets),
+        whole=tuple(Whole(path=name, shape=value.shape, bytes=value.nbytes) for name, value in plain.items()),
+    )
+
+
+def targets_of(
+    trios: Mapping[Path, tuple[list[Any], Layout]], bases: Mapping[Path, np.ndarray] | None = None
+) -> tuple[Target, ...]:
+    """Every kernel's adapter, a stack's layer by layer."""
+    found = []
+    for path, (trio, layout) in trios.items():
+        a, b, scaling = trio
+        norms, rank, scalings = pair_norms(trio, layout), a.shape[-1], np.asarray(scaling, np.float64)
+        for index in np.ndindex(*norms.shape):
+            base = None if bases is None else float(bases[path][index])
+            found.append(
+                Target(
+                    path=path,
+                    index=index,
+                    rank=rank,
+                    alpha=float(scalings[index]) * rank,
+                    scaling=float(scalings[index]),
+                    parameters=(a.size + b.size) // norms.size,
+                    bytes=(a.nbytes + b.nbytes + scaling.nbytes) // norms.size,
+                    norm=float(norms[index]),
+                    ratio=float(norms[index]) / base if base else None,
+                )
+            )
+    return tuple(found)
+
+
+def update_norms(params: Tree) -> dict[Path, Float[np.ndarray, "*stack"]]:
+    """The Frobenius norm of every kernel's update, scaling * AB, without forming AB; one for each layer of a stack.
+
+    Raises:
+        ValueError: the tree has no adapter.
+    """
+    leaves = flatten(params)
+    told = kernels("update_norms", params)
+    return {path: pair_norms([leaves[path + affix] for affix in AFFIXES], layout) for path, layout in told.items()}
+
+
+def kernel_norms(params: Tree) -> dict[Path, Float[np.ndarray, "*stack"]]:
+    """The Frobenius norm of every wrapped kernel itself, one for each layer of a stack.
+
+    Raises:
+        ValueError: the tree has no adapter.
+    """
+    leaves = flatten(params)
+    return {path: norms_of(leaves[path], layout) for path, layout in kernels("kernel_norms", params).items()}
+
+
+def norms_of(kernel: Any, layout: Layout) -> Float[np.ndarray, "*stack"]:
+    """A kernel's norms, one layer of it widened at a time."""
+    stack = [n for n, letter in enumerate(layout) if letter == "s"]
+    slices = np.moveaxis(np.asarray(kernel), stack, range(len(stack)))
+    norms = np.zeros(slices.shape[: len(stack)])
+    for index in np.ndindex(*norms.shape):
+        wide = slices[index].astype(np.float32)
+        norms[index] = math.sqrt(np.square(wide).sum(dtype=np.float64))
+    return norms
+
+
+def pair_norms(trio: Iterable[Any], layout: Layout) -> Float[np.ndarray, "*stack"]:
+    """The Frobenius norm of scaling * AB for every layer of a stack.
+
+    Args:
+        trio: A, B and scaling, in either of the forms that `wrap` makes.
+        layout: the kernel's.
+    """
+    a, b, scaling = (np.asarray(leaf).astype(np.float64) for leaf in trio)
+    stack, rank = [n for n, letter in enumerate(layout) if letter == "s"], a.shape[-1]
+    if ORDERED.fullmatch(layout):
+        b = np.moveaxis(b, len(stack), -1)
+    a, b = (np.moveaxis(leaf, stack, range(len(stack))).reshape(scaling.size, -1, rank) for leaf in (a, b))
+    return product_norms(a, b, scaling.reshape(-1)).reshape(scaling.shape)
+
+
+def product_norms(
+    a: Float[np.ndarray, "stack fan_in rank"],
+    b: Float[np.ndarray, "stack fan_out rank"],
+    scaling: Float[np.ndarray, "stack"],
+) -> Float[np.ndarray, "stack"]:
+    """|s A B^T| by QR: Q keeps norms, so the rank x rank product of both R has that of the whole."""
+    factors: Any = (np.linalg.qr(leaf.astype(np.float64), mode="r") for leaf in (a, b))
+    ra, rb = factors
+    return np.abs(scaling) * np.linalg.norm(ra @ rb.swapaxes(1, 2), axis=(1, 2))

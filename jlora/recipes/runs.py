@@ -1,0 +1,313 @@
+"""A run's folder: what is in it, whether it can be begun or gone on with, and how it is loaded again.
+
+::
+
+    config.toml           the job
+    labels.json           its classes, with what each says
+    adapter/              the best adapter so far, and the leaves trained in full
+    checkpoints/          the newest states, to go on from
+    metrics.jsonl         losses and evaluations
+    result.json           what it came to: a run that has it is finished
+    learning_curve.png, README.md, events/
+"""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jlora.core.errors import complain
+from jlora.core.paths import Tree
+from jlora.core.targets import Targets
+from jlora.core.tree import attach, extract, join, split, uniform, wrap
+from jlora.interop.huggingface import LoadedModel, load_model
+from jlora.recipes import config as configs
+from jlora.recipes.config import Config
+from jlora.recipes.tasks import TASKS, Task
+from jlora.training.checkpoint import restore_adapter, save_adapter
+from jlora.training.sharding import make_mesh, place, shardings
+
+ADAPTER, CONFIG, LABELS, CHECKPOINTS = "adapter", "config.toml", "labels.json", "checkpoints"
+METRICS, RESULT, CURVE, CARD, EVENTS = "metrics.jsonl", "result.json", "learning_curve.png", "README.md", "events"
+FILES = (CONFIG, ADAPTER, LABELS, CHECKPOINTS, METRICS, RESULT, CURVE, CARD, EVENTS)
+
+INITIALIZERS = {
+    "uniform": uniform,
+    # PEFT's "gaussian": standard deviation 1 / rank.
+    "normal": lambda key, shape, dtype: jax.nn.initializers.normal(1 / shape[-1])(key, shape, dtype),
+    "orthogonal": jax.nn.initializers.orthogonal(3**-0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A saved run, loaded onto its base.
+
+    Attributes:
+        task: what it learnt, on the model it was loaded for.
+        params: the wrapped tree.
+        answers: what each class says; empty where none were given.
+        config: the job as it was run.
+    """
+
+    task: Task
+    params: Tree
+    answers: Mapping[str, str]
+    config: Config
+
+
+def load_base(config: Config, labels: Sequence[str]) -> LoadedModel:
+    """The base model with the task's head, new where it has to be; a seed makes the same head each time.
+
+    Raises:
+        ValueError: no such model, no tokenizer beside it, or it reads fewer tokens than the config asks for.
+    """
+    loaded = load_model(
+        config.model.name,
+        dtype=config.model.dtype,
+        compute_dtype=config.model.compute_dtype,
+        scan=config.model.scan,
+        remat=config.model.remat,
+        head=TASKS[config.data.task].head,
+        pooling=config.model.pooling,
+        labels=labels or None,
+        key=jax.random.key(config.optimisation.seed),
+    )
+    if loaded.tokenizer is None:
+        fix = "add the tokenizer's files to the model's folder."
+        raise ValueError(complain("train", f"{config.model.name} has no tokenizer.", [], fix))
+    most = loaded.config.max_position_embeddings
+    if config.data.max_length > most:
+        problem = f"data.max_length is {config.data.max_length}, the model reads {most} tokens."
+        raise ValueError(complain("train", problem, [], f"set max_length to {most} or less."))
+    return loaded
+
+
+def wrap_base(config: Config, loaded: LoadedModel) -> Tree:
+    """The base's parameters with a new adapter, as the config says.
+
+    Raises:
+        ValueError: a rank, alpha or target that the model has no place for.
+    """
+    adapter = config.adapter
+    pattern = loaded.model.lora_targets if adapter.targets is None else adapter.targets
+    targets: Targets = {**adapter.ranks, pattern: adapter.rank} if adapter.ranks else pattern
+    return wrap(
+        loaded.params,
+        adapter.rank,
+        alpha=adapter.alpha,
+        targets=targets,
+        layout=loaded.model.lora_layout,
+        key=jax.random.fold_in(jax.random.key(config.optimisation.seed), 1),
+        rslora=adapter.rslora,
+        init=INITIALIZERS[adapter.init],
+    )
+
+
+def read_mesh(config: Config) -> Mesh | None:
+    """The devices that the config names, None for one.
+
+    Raises:
+        ValueError: no mesh, more devices than there are, or rows that can't be shared by them; several processes, and
+            no mesh of all their devices.
+    """
+    processes = jax.process_count()
+    if config.run.mesh is None and processes == 1:
+        return None
+    if config.run.mesh is None:
+        problem = f"{processes} processes have no mesh to train on."
+        fix = f'set run.mesh, as in "data={jax.device_count()}".'
+        raise ValueError(complain("train", problem, [], fix))
+    try:
+        shape = {axis.strip(): int(size) for axis, size in (part.split("=") for part in config.run.mesh.split(","))}
+    except ValueError:
+        fix = 'write it as in "data=4,model=2".'
+        raise ValueError(complain("train", f"run.mesh = {config.run.mesh!r} is no mesh.", [], fix)) from None
+    wrong = [f"{axis!r}" for axis in shape if axis not in ("data", "model")]
+    if wrong:
+        raise ValueError(complain("train", "run.mesh has unknown axes.", wrong, "its axes are data and model."))
+    mesh = make_mesh(shape)
+    if processes > 1 and mesh.size < jax.device_count():
+        problem = f"run.mesh = {config.run.mesh!r} leaves devices of {processes} processes idle."
+        raise ValueError(complain("train", problem, [], f"make it one of all {jax.device_count()}."))
+    size, accumulate, parts = config.optimisation.batch_size, config.optimisation.accumulate, shape.get("data", 1)
+    if size % (accumulate * parts) or parts % processes:
+        wrong = [f"batch_size={size}, accumulate={accumulate}, data={parts}, processes: {processes}"]
+        fix = "make batch_size a multiple of accumulate * data, and data one of the processes."
+        raise ValueError(complain("train", "the rows can't be shared by the mesh.", wrong, fix))
+    return mesh
+
+
+def place_base(loaded: LoadedModel, mesh: Mesh | None) -> LoadedModel:
+    """The base where its copies on the mesh leave it room: in the host's memory; without a mesh as it is."""
+    return loaded if mesh is None else replace(loaded, params=jax.tree.map(np.asarray, loaded.params))
+
+
+def place_params(params: Tree, model: Any, mesh: Mesh | None) -> Tree:
+    """Parameters on the devices, cut as the model says."""
+    return params if mesh is None else place(params, shardings(params, mesh, model.sharding_rules))
+
+
+def check_folder(config: Config, needed: int = 0) -> bool:
+    """Finds out before training whether a run can be written.
+
+    Args:
+        config: the job.
+        needed: bytes that will be written.
+
+    Returns:
+        Whether an unfinished run of the same job is there, to go on with.
+
+    Raises:
+        FileExistsError: another run is there.
+        NotADirectoryError: the path goes through a file.
+        PermissionError: the folder can't be written to.
+        OSError: the disk is too full.
+    """
+    folder = config.output.folder
+    fix = "choose another --output.folder."
+    parent = next(place for place in (folder, *folder.parents) if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(complain("train", f"{parent} is a file, not a folder.", [], fix))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(complain("train", f"{parent} can't be written to.", [], fix))
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        problem = f"{parent} has {free:,} bytes left, the run needs about {needed:,}."
+        raise OSError(complain("train", problem, [], "make room, or " + fix))
+    there = [str(folder / name) for name in FILES if (folder / name).exists()]
+    if not there or config.output.overwrite:
+        return False
+    if (folder / RESULT).exists() or not (folder / CONFIG).exists():
+        fix = "choose another --output.folder, or pass --output.overwrite."
+        raise FileExistsError(complain("train", f"{folder} holds a run already.", there, fix))
+    differ = differences(configs.read(folder / CONFIG), config)
+    if differ:
+        fix = "go on with the same settings, choose another --output.folder, or pass --output.overwrite."
+        raise FileExistsError(complain("train", f"{folder} holds an unfinished run of another job.", differ, fix))
+    return True
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The settings in which two jobs differ; those that change nothing of a run do not count."""
+
+    def lines(config: Config) -> list[str]:
+        output = replace(config.output, folder=Path("."), overwrite=False, tensorboard=False)
+        run = replace(config.run, mesh=None, keep=1, save_every=None)
+        optimisation = replace(config.optimisation, max_skipped=1)
+        data = replace(config.data, questions=())
+        return configs.to_toml(
+            replace(config, data=data, optimisation=optimisation, run=run, output=output)
+        ).splitlines()
+
+    old, new = lines(before), lines(now)
+    return [f"was {line}" for line in old if line not in new] + [f"now {line}" for line in new if line not in old]
+
+
+def begin_run(config: Config, labels: Sequence[str], answers: Mapping[str, str], *, resume: bool = False) -> None:
+    """Writes all of a run that is known before training, and clears the folder of an earlier one.
+
+    Args:
+        config: the job.
+        labels: its classes.
+        answers: what each of them says; empty where none were given.
+        resume: the run was begun before, and is gone on with.
+
+    Raises:
+        ValueError: the classes are no longer those the run was begun with.
+    """
+    folder = config.output.folder
+    entries = [{"label": label} | ({"answer": answers[label]} if answers else {}) for label in labels]
+    text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+    if resume and (folder / LABELS).exists() and (folder / LABELS).read_text(encoding="utf-8") != text:
+        problem = f"the classes or answers of the data are not those of {folder / LABELS}."
+        fix = "put the data back, or begin anew with --output.overwrite."
+        raise ValueError(complain("resume", problem, [], fix))
+    folder.mkdir(parents=True, exist_ok=True)
+    # The config comes and goes first: a folder that has it is a run, and all else is known again from the same job.
+    for name in () if resume else FILES:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    if not resume:
+        write_whole(folder / CONFIG, configs.to_toml(config))
+    write_whole(folder / LABELS, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there in full or not at all."""
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def save_best(folder: Path, params: Tree, task: Task) -> None:
+    """Writes the adapter and the head of a run, over what was there."""
+    if task.mesh is not None:
+        params = gather(params, task)
+    if jax.process_index() == 0:
+        save_adapter(folder / ADAPTER, params, train=task.trained)
+
+
+def gather(params: Tree, task: Task) -> Tree:
+    """The same tree with what trains on every device, over the host's copy of the base: one process can write it."""
+    assert task.mesh is not None
+    adapters = on_every(split(params, task.trained)[0], NamedSharding(task.mesh, PartitionSpec()))
+    return join(adapters, split(attach(extract(params), task.loaded.params), task.trained)[1])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def on_every(tree: Tree, where: NamedSharding) -> Tree:
+    """A tree with a copy on every device."""
+    return jax.lax.with_sharding_constraint(tree, where)
+
+
+def load_run(folder: Path, *, model: str | None = None, mesh: Mesh | None = None) -> Run:
+    """Loads a base model afresh and puts a run's adapter and head on it.
+
+    Args:
+        folder: what a training run wrote.
+        model: where the base is now, if not where it was.
+        mesh: the devices; None for one.
+
+    Raises:
+        FileNotFoundError: no run with an adapter is there.
+        ValueError: files of it are damaged, or the base is not the one it was trained on.
+    """
+    missing = [str(folder / name) for name in (CONFIG, LABELS, ADAPTER) if not (folder / name).exists()]
+    if missing:
+        fix = "pass the folder that `jlora train` wrote."
+        raise FileNotFoundError(complain("load_run", f"{folder} holds no run.", missing, fix))
+    config = configs.read(folder / CONFIG)
+    if model is not None:
+        config = configs.with_model(config, model)
+    labels, answers = _read_labels(folder / LABELS)
+    loaded = place_base(load_base(config, labels), mesh)
+    params = place_params(restore_adapter(folder / ADAPTER, loaded.params), loaded.model, mesh)
+    task = TASKS[config.data.task](config, loaded, labels, mesh)
+    return Run(task=task, params=params, answers=answers, config=config)
+
+
+def _read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        labels = tuple(str(entry["label"]) for entry in entries)
+        return labels, {entry["label"]: str(entry["answer"]) for entry in entries if "answer" in entry}
+    except (ValueError, TypeError, KeyError) as error:
+        problem = f"{path} is damaged: {error!r}."
+        raise ValueError(complain("load_run", problem, [], "copy the run's folder again, or train again.")) from None
+
+
+def bytes_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
