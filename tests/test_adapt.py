@@ -94,7 +94,12 @@ def network(dtype=jnp.float32):
 # Right after wrap.
 
 
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["unjitted", "jitted"])
+# With LLVM's optimisations some CPUs sum a row in another order as soon as anything is fused into it: then two programs
+# of the same arithmetic differ in the last bit, whatever the program adds to it being zero.
+in_order = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.mark.parametrize("compile", [lambda f: f, in_order], ids=["unjitted", "jitted"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_outputs_right_after_wrap_are_the_bases_bits(dtype, compile):
     _, fn, tree, _ = network(dtype)
