@@ -41,6 +41,56 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Sweep:
+    """Train a job at many ranks at once, and say which of them will do, with the evidence.
+
+    Attributes:
+        config: the TOML file of the job; its rank, learning rate and seed give way to the grid's
+        settings: the job
+        ranks: ranks to try, with commas between them; a kernel without room for one has the highest it can
+        lr: learning rates to try; left out, the job's own
+        seeds: seeds to try each with; left out, the job's own
+        metric: what decides, as accuracy, f1 or loss; left out, what the task chooses its best by
+        tolerance: how much worse than the best a smaller rank may be; left out, one standard error of the best
+        memory: what there is, as 24GB; left out, what the device has; what does not fit is trained in groups
+        at_once: members computed side by side; left out, one on a CPU and as many as fit elsewhere
+        out: folder to write; left out, the job's own with -sweep behind it
+        overwrite: replace an earlier sweep that is there
+    """
+
+    config: tyro.conf.Positional[Path]
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+    ranks: str = "4,8,16,32,64"
+    lr: str | None = None
+    seeds: str | None = None
+    metric: str | None = None
+    tolerance: float | None = None
+    memory: str | None = None
+    at_once: int | None = None
+    out: Path | None = None
+    overwrite: bool = False
+
+    def run(self) -> None:
+        """Trains, writes the report and prints the recommendation."""
+        from jlora.cli.sweep import sweep
+
+        config = configs.check(self.settings)
+        folder = config.output.folder
+        sweep(
+            config,
+            folder.with_name(folder.name + "-sweep") if self.out is None else self.out.absolute(),
+            ranks=self.ranks,
+            learning_rates=self.lr,
+            seeds=self.seeds,
+            metric=self.metric,
+            tolerance=self.tolerance,
+            memory=self.memory,
+            at_once=self.at_once,
+            overwrite=self.overwrite,
+        )
+
+
+@dataclass(frozen=True)
 class Predict:
     """Answer questions with what `jlora train` wrote.
 
@@ -276,17 +326,20 @@ def parse(argv: list[str]) -> Any:
         ValueError: the config file is not given first, or can't be used.
         OSError: it can't be read.
     """
-    train = tyro.conf.subcommand("train")
-    if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv[1:2]):
-        # The file makes the flags' defaults, so it has to be known before they are.
-        if len(argv) == 1 or argv[1].startswith("-"):
-            fix = "name it first: jlora train CONFIG.toml [--flag value ...]."
-            raise ValueError(complain("jlora train", "no config file was given.", [], fix))
-        path = Path(argv[1])
-        train = tyro.conf.subcommand("train", default=Train(path, configs.read(path)))
+    # The file makes the flags' defaults, so it has to be known before they are.
+    jobs: dict[str, Any] = {"train": Train, "sweep": Sweep}
+    commands: Any = None
+    for name, command in jobs.items():
+        found = tyro.conf.subcommand(name)
+        if argv[:1] == [name] and not {"-h", "--help"} & set(argv[1:2]):
+            if len(argv) == 1 or argv[1].startswith("-"):
+                fix = f"name it first: jlora {name} CONFIG.toml [--flag value ...]."
+                raise ValueError(complain(f"jlora {name}", "no config file was given.", [], fix))
+            path = Path(argv[1])
+            found = tyro.conf.subcommand(name, default=command(path, configs.read(path)))
+        commands = Annotated[command, found] if commands is None else commands | Annotated[command, found]
     others = {"eval": Eval, "predict": Predict, "generate": Generate}
     others |= {"plan": Plan, "inspect": Inspect, "merge": Merge, "export": Export}
-    commands: Any = Annotated[Train, train]
     for name, command in others.items():
         commands = commands | Annotated[command, tyro.conf.subcommand(name)]
     return tyro.cli(commands, prog="jlora", args=argv, description="LoRA fine-tuning for JAX and Flax.")

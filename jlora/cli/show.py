@@ -16,6 +16,7 @@ from rich.table import Table
 
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
+from jlora.recipes.curves import rising, stalled
 from jlora.recipes.fit import Evaluation, Step
 
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
@@ -133,32 +134,19 @@ def learning_curve(path: Path, events: Sequence[Step | Evaluation], measure: str
 
 
 def hints(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
-    """What the curves say about the next run.
-
-    - Training loss that hardly fell in the last half of the steps, far from zero, at a rank below 64: a larger rank.
-    - Validation loss whose lowest point came in the first half of the evaluations, and which rose by a tenth since:
-      a smaller rank, more dropout or a lower rate.
-    """
-    losses = [event.loss for event in events if isinstance(event, Step) and event.loss == event.loss]
-    found = [event.loss for event in events if isinstance(event, Evaluation)]
-    said = []
-    rank, quarter = config.adapter.rank, len(losses) // 4
-    low = found.index(min(found))
-    rising = len(found) > 2 and low < len(found) / 2 and found[-1] > 1.1 * found[low]
-    if quarter >= 2 and rank < 64 and not rising:
-        before, after = (sum(part) / quarter for part in (losses[-2 * quarter : -quarter], losses[-quarter:]))
-        if after > 0.2 * losses[0] and after > 0.99 * before:
-            said.append(
-                f"Training loss stalled at {after:.3f} with rank {rank}: "
-                f"try rank {2 * rank}, or a higher learning rate."
-            )
-    if rising:
+    """What the curves say about the next run: a larger rank where training stalled, a smaller where validation rose."""
+    rank = config.adapter.rank
+    rise = rising([event.loss for event in events if isinstance(event, Evaluation)])
+    if rise is not None:
         smaller = f"a smaller rank than {rank}, " if rank > 1 else ""
-        said.append(
-            f"Validation loss rose from {found[low]:.3f} to {found[-1]:.3f} since evaluation {low + 1} "
-            f"of {len(found)}: try {smaller}more dropout, or a lower learning rate. The best adapter was kept."
-        )
-    return said
+        return [
+            f"Validation loss rose from {rise.low:.3f} to {rise.last:.3f} since evaluation {rise.place + 1} "
+            f"of {rise.count}: try {smaller}more dropout, or a lower learning rate. The best adapter was kept."
+        ]
+    loss = stalled([event.loss for event in events if isinstance(event, Step)])
+    if loss is None or rank >= 64:
+        return []
+    return [f"Training loss stalled at {loss:.3f} with rank {rank}: try rank {2 * rank}, or a higher learning rate."]
 
 
 def model_card(config: Config, result: Mapping[str, Any], answers_with: str) -> str:

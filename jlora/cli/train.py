@@ -189,7 +189,7 @@ def read(config: Config) -> Corpus:
         answers=data.answers,
         allow_overlap=data.allow_overlap,
     )
-    return corpus if data.validation is not None else held_out(corpus, data.holdout, config.optimisation.seed)
+    return corpus if data.validation is not None else held_out(corpus, data.holdout, data.holdout_seed)
 
 
 def held_out(corpus: Corpus, share: float, seed: int) -> Corpus:

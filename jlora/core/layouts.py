@@ -70,6 +70,11 @@ def pair_shapes(shape: Shape, layout: Layout, rank: int) -> tuple[Shape, Shape, 
     return a, b, tuple(shape[axis] for axis in axes_scaling if axis is not None)
 
 
+def rank_axis(layout: Layout) -> int:
+    """Which axis of b is the rank; of a it is the last."""
+    return layout.count("s") if ORDERED.fullmatch(layout) else -1
+
+
 def pair_axes(layout: Layout) -> tuple[tuple[int | None, ...], ...]:
     """For every axis of a, b and scaling the kernel's axis it stands for; None is the rank or an axis of size 1."""
     stack, inner, outer = (tuple(n for n, letter in enumerate(layout) if letter in kind) for kind in ("s", "iv", "o"))

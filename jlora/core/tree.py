@@ -361,6 +361,33 @@ def merge(params: Tree) -> Tree:
     return replace_kernels(params, told, lambda _, kernel, a, b: layouts.merge_kernel(kernel, a, b))
 
 
+def with_ranks(params: Tree, ranks: Mapping[Path, int]) -> Tree:
+    """A wrapped tree whose pairs have other ranks: filled up with zeros, or with the last columns cut off.
+
+    What is filled up trains as it did: gradients of both halves of the padding are zero, and stay so. Scalings stay.
+
+    Args:
+      params: a wrapped tree.
+      ranks: the new rank of every kernel, by its path; a kernel that isn't in it keeps its own.
+
+    Raises:
+      ValueError: the tree has no adapter.
+    """
+    told = kernels("with_ranks", params)
+    axes = {path + A: -1 for path in told} | {path + B: layouts.rank_axis(layout) for path, layout in told.items()}
+
+    def change(path: Path, leaf: Any) -> Any:
+        stem = next((path[: -len(affix)] for affix in (A, B) if path.endswith(affix)), None)
+        if stem is None or stem not in ranks:
+            return leaf
+        axis = axes[path] % leaf.ndim
+        more = max(ranks[stem] - leaf.shape[axis], 0)
+        filled = jnp.pad(leaf, [(0, more if n == axis else 0) for n in range(leaf.ndim)])
+        return jax.lax.slice_in_dim(filled, 0, ranks[stem], axis=axis)
+
+    return map_with_path(change, params)
+
+
 def _trains(who: str, params: Tree, train: Pattern) -> Callable[[Path, Any], bool]:
     """The test for leaves that train: every A and B, and what `train` names."""
     paths = [path for path in flatten(params) if not adapter_leaf(path)]

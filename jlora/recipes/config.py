@@ -64,7 +64,8 @@ class Data:
         train: file to train on, or hub:owner/name
         validation: file that chooses the best adapter; left out, a share of train is held out for it
         test: file asked once before training and once after
-        holdout: that share, drawn by the seed
+        holdout: that share
+        holdout_seed: draws it: the same one for runs with other seeds of their own
         unit: what is one text in a .txt file
         answers: what each class of texts says to the user, as JSON lines {"label": ..., "answer": ...}
         text: field of a text
@@ -88,6 +89,7 @@ class Data:
     validation: Path | None = None
     test: Path | None = None
     holdout: Annotated[float, Range(0, 0.9, above=True)] = 0.1
+    holdout_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     unit: Literal["paragraph", "line", "file"] = "paragraph"
     answers: Path | None = None
     text: str = "text"

@@ -25,10 +25,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.core.errors import complain
-from jlora.core.paths import Tree
+from jlora.core.paths import Tree, map_with_path
 from jlora.core.targets import Targets
 from jlora.core.tree import attach, extract, join, split, uniform, wrap
-from jlora.interop.huggingface import LoadedModel, load_model
+from jlora.interop.huggingface import LoadedModel, initialise, load_model
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
 from jlora.recipes.tasks import TASKS, Task
@@ -89,6 +89,16 @@ def load_base(config: Config, labels: Sequence[str]) -> LoadedModel:
         problem = f"data.max_length is {config.data.max_length}, the model reads {most} tokens."
         raise ValueError(complain("train", problem, [], f"set max_length to {most} or less."))
     return loaded
+
+
+def with_seed(loaded: LoadedModel, seed: int) -> LoadedModel:
+    """The same base with the new head that `load_base` would have made of another seed; all else is shared."""
+    made = initialise(loaded.model, loaded.new, jax.random.key(seed))
+
+    def draw(path: str, leaf: Any) -> Any:
+        return made[path].astype(leaf.dtype) if path in made else leaf
+
+    return replace(loaded, params=map_with_path(draw, loaded.params))
 
 
 def wrap_base(config: Config, loaded: LoadedModel) -> Tree:
@@ -156,6 +166,32 @@ def place_params(params: Tree, model: Any, mesh: Mesh | None) -> Tree:
     return params if mesh is None else place(params, shardings(params, mesh, model.sharding_rules))
 
 
+def check_writable(who: str, folder: Path, flag: str, needed: int = 0) -> None:
+    """Finds out whether a folder can be made, or written to.
+
+    Args:
+        who: asks.
+        folder: that is to be written.
+        flag: what names it.
+        needed: bytes that will be written.
+
+    Raises:
+        NotADirectoryError: the path goes through a file.
+        PermissionError: the folder can't be written to.
+        OSError: the disk is too full.
+    """
+    fix = f"choose another {flag}."
+    parent = next(place for place in (folder, *folder.parents) if place.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(complain(who, f"{parent} is a file, not a folder.", [], fix))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(complain(who, f"{parent} can't be written to.", [], fix))
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        problem = f"{parent} has {free:,} bytes left, the run needs about {needed:,}."
+        raise OSError(complain(who, problem, [], "make room, or " + fix))
+
+
 def check_folder(config: Config, needed: int = 0) -> bool:
     """Finds out before training whether a run can be written.
 
@@ -173,16 +209,7 @@ def check_folder(config: Config, needed: int = 0) -> bool:
         OSError: the disk is too full.
     """
     folder = config.output.folder
-    fix = "choose another --output.folder."
-    parent = next(place for place in (folder, *folder.parents) if place.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(complain("train", f"{parent} is a file, not a folder.", [], fix))
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(complain("train", f"{parent} can't be written to.", [], fix))
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        problem = f"{parent} has {free:,} bytes left, the run needs about {needed:,}."
-        raise OSError(complain("train", problem, [], "make room, or " + fix))
+    check_writable("train", folder, "--output.folder", needed)
     there = [str(folder / name) for name in FILES if (folder / name).exists()]
     if not there or config.output.overwrite:
         return False

@@ -55,11 +55,13 @@ class Task:
     Attributes:
         head: which of the model's heads it reads.
         trained: leaves trained in full, as `split` takes them.
+        metrics: what it measures beside the loss.
         measure: the metric that chooses the best.
     """
 
     head: str | None = None
     trained: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
     measure = "loss"
 
     def __init__(self, config: Config, loaded: LoadedModel, labels: Sequence[str] = (), mesh: Mesh | None = None):
@@ -122,6 +124,7 @@ class Classes(Task):
 
     head = "classification"
     trained: tuple[str, ...] = ("classifier",)
+    metrics: tuple[str, ...] = ("accuracy",)
     measure = "accuracy"
 
     def loss_fn(self, dropout: float) -> LossFn:
@@ -153,6 +156,7 @@ class Entities(Classes):
     """Classes of tokens, judged by the entities they make."""
 
     head = "token_classification"
+    metrics = ("precision", "recall", "f1")
     measure = "f1"
 
     def score(self, params: Tree, rows: Sequence[Row], *, merged: bool = False) -> Scores:
@@ -177,6 +181,7 @@ class Language(Task):
     """The next token of texts, or of answers alone."""
 
     head = "causal_lm"
+    metrics = ("perplexity",)
     measure = "loss"
 
     def loss_fn(self, dropout: float) -> LossFn:

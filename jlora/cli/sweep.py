@@ -1,0 +1,351 @@
+"""`jlora sweep`: a training job at many ranks at once, and a page that says which of them will do.
+
+::
+
+    report.html           the evidence, and the recommendation
+    report.png            its curves
+    sweep.json            all numbers
+    members/<member>/     each a run's folder with its best adapter, for `jlora predict` and its like
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import operator
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jlora.cli.report import PAGE, PICTURE, write_report
+from jlora.cli.train import peak_memory, read, rows_of
+from jlora.core.errors import complain, nearest
+from jlora.core.layouts import fans
+from jlora.core.paths import Path as Slashes
+from jlora.core.paths import Tree, flatten
+from jlora.core.tree import kernels, split
+from jlora.interop.huggingface import LoadedModel, shapes
+from jlora.recipes import runs
+from jlora.recipes.batches import Row
+from jlora.recipes.config import Config
+from jlora.recipes.fit import Job, make_optimizer, prepare
+from jlora.recipes.readers import Corpus
+from jlora.recipes.sweep import Judged, Member, Progressed, SweepResult
+from jlora.recipes.sweep import sweep as search
+from jlora.recipes.tasks import TASKS, Task
+
+MEMBERS, NUMBERS = "members", "sweep.json"
+FILES = (MEMBERS, NUMBERS, PAGE, PICTURE)
+FALLS = ("loss", "perplexity")  # metrics of which less is better
+SHARES = ("accuracy",)  # metrics that are a share of validation rows
+
+
+def sweep(
+    config: Config,
+    out: Path,
+    *,
+    ranks: str,
+    learning_rates: str | None,
+    seeds: str | None,
+    metric: str | None,
+    tolerance: float | None,
+    memory: str | None,
+    at_once: int | None,
+    overwrite: bool,
+) -> SweepResult:
+    """Trains a job's grid, writes the evidence and prints what it says.
+
+    Args:
+        config: the job; its rank, learning rate and seed are what the grid does not give.
+        out: folder to write.
+        ranks: to try, with commas between them.
+        learning_rates: to try; None for the job's own.
+        seeds: to try each of them with; None for the job's own.
+        metric: what decides; None for the task's own.
+        tolerance: how much worse than the best a smaller rank may be; None for one standard error.
+        memory: what there is, as "24GB"; None for what the device has.
+        at_once: members computed side by side; None for what suits the device.
+        overwrite: replace an earlier sweep that is in `out`.
+
+    Raises:
+        ValueError: a grid, a metric, data or a model that can't be used, or no memory for one member; nothing has been
+            written then.
+        OSError: a file is missing, or `out` holds something else.
+    """
+    console = Console()
+    grid = {
+        "ranks": numbers("ranks", ranks, int, config.adapter.rank),
+        "learning_rates": numbers("lr", learning_rates, float, config.optimisation.learning_rate),
+        "seeds": numbers("seeds", seeds, int, config.optimisation.seed),
+    }
+    metric = check_metric(config, metric)
+    check_folder(config, out, overwrite)
+    corpus = read(config)
+    loaded = runs.load_base(config, corpus.labels)
+    task = TASKS[config.data.task](config, loaded, corpus.labels)
+    rows = {name: rows_of(config, loaded.tokenizer, corpus, name).rows for name in ("train", "validation")}
+    if not rows["validation"]:
+        fix = "take longer texts, or a larger data.max_length."
+        raise ValueError(complain("sweep", "the validation data have nothing to measure.", [], fix))
+    jobs = {seed: job_of(config, task, rows, seed) for seed in grid["seeds"]}
+    steps = next(iter(jobs.values())).steps
+    members = Members(config, out, corpus, task, limits(config, loaded))
+    streams = lockstep(jobs)
+    with progress(console, metric) as show:
+
+        def tell(event: Judged | Progressed) -> None:
+            show(event)
+            if isinstance(event, Judged) and event.best:
+                members.save(event)
+
+        result = search(
+            task.loss_fn(config.adapter.dropout),
+            members.start,
+            lambda seed: streams(seed),
+            lambda params: scores(task, params, rows["validation"]),
+            steps=steps,
+            metric=metric,
+            maximize=metric not in FALLS,
+            **grid,
+            optimizer=members.optimizer(steps),
+            key=lambda seed: jax.random.fold_in(jax.random.key(seed), 2),
+            train=task.trained,
+            accumulate=config.optimisation.accumulate,
+            clip=config.optimisation.clip,
+            evaluate_every=config.run.evaluate_every or len(next(iter(jobs.values())).batches),
+            fetch_every=config.output.log_every,
+            patience=config.run.patience,
+            max_skipped=config.optimisation.max_skipped,
+            tolerance=tolerance,
+            noise=spread(metric, len(rows["validation"])),
+            at_once=at_once,
+            memory=memory,
+            example=prepare(next(iter(jobs.values())).largest).batch,
+            tell=tell,
+        )
+    found = result.as_dict() | {"peak_memory_bytes": peak_memory(), "capped": members.capped(grid["ranks"])}
+    runs.write_whole(out / NUMBERS, json.dumps(found, indent=1) + "\n")
+    write_report(out, found, title=f"{config.model.name}: {config.data.task}")
+    console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+    chosen = out / MEMBERS / name_of(result.chosen.member)
+    console.print(f"Written to {out / PAGE}; the adapter: {chosen}", highlight=False, markup=False, soft_wrap=True)
+    return result
+
+
+def numbers(name: str, text: str | None, kind: Callable[[str], Any], own: Any) -> list[Any]:
+    """The numbers of a flag, or the job's own.
+
+    Raises:
+        ValueError: some of them are none; they are listed.
+    """
+    if text is None:
+        return [own]
+    found, wrong = [], []
+    for part in text.split(","):
+        try:
+            found.append(kind(part.strip()))
+        except ValueError:
+            wrong.append(repr(part.strip()))
+    if wrong:
+        what = "whole numbers" if kind is int else "numbers"
+        fix = f"give {what} with commas between them, as in --{name} {'4,8,16' if kind is int else '1e-3,2e-3'}."
+        raise ValueError(complain("sweep", f"--{name} {text!r} holds what are no {what}.", wrong, fix))
+    return found
+
+
+def check_metric(config: Config, metric: str | None) -> str:
+    """The metric that decides.
+
+    Raises:
+        ValueError: the task has no such metric.
+    """
+    task = TASKS[config.data.task]
+    if metric is None:
+        return task.measure
+    known = ("loss", *task.metrics)
+    if metric not in known:
+        offenders = [f"{metric!r}  there are: {', '.join(known)}; nearest: {nearest(metric, known, 1)[0]}"]
+        raise ValueError(complain("sweep", f"{config.data.task} has no such metric.", offenders, "name one it has."))
+    return metric
+
+
+def check_folder(config: Config, out: Path, overwrite: bool) -> None:
+    """Finds out before training whether a sweep can be written.
+
+    Raises:
+        ValueError: the job asks for a mesh.
+        OSError: there is something in the folder, or it can't be written to.
+    """
+    if config.run.mesh is not None or jax.process_count() > 1:
+        fix = "leave run.mesh out, or train the ranks one by one."
+        raise ValueError(complain("sweep", "a sweep runs on one device.", [f"run.mesh = {config.run.mesh!r}"], fix))
+    runs.check_writable("sweep", out, "--out")
+    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    foreign = [name for name in there if name not in FILES]
+    if foreign or (there and not overwrite):
+        fix = "choose another --out" + ("." if foreign else ", or pass --overwrite.")
+        raise FileExistsError(complain("sweep", f"{out} is not empty.", (foreign or there)[:5], fix))
+
+
+def job_of(config: Config, task: Task, rows: Mapping[str, Sequence[Row]], seed: int) -> Job:
+    """A member's job, as far as its data go."""
+    config = replace(config, optimisation=replace(config.optimisation, seed=seed))
+    return Job(config=config, task=task, params=None, rows=rows["train"], validation=rows["validation"])
+
+
+def lockstep(jobs: Mapping[int, Job]) -> Callable[[int], Iterator[Any]]:
+    """The batches of every seed; in each step those of all seeds are filled up to the longest of them."""
+
+    def all_of() -> Iterator[tuple[Any, ...]]:
+        streams = [
+            iter(job.batches.map(prepare).repeat(math.ceil(job.steps / len(job.batches))).to_iter_dataset())
+            for job in jobs.values()
+        ]
+        for found in zip(*streams, strict=True):
+            length = max(prepared.batch["input_ids"].shape[1] for prepared in found)
+            yield tuple(as_long(prepared.batch, length) for prepared in found)
+
+    def fresh() -> dict[int, Iterator[Any]]:
+        return dict(zip(jobs, itertools.tee(all_of(), len(jobs)), strict=True))
+
+    places = {seed: n for n, seed in enumerate(jobs)}
+    given: dict[int, Iterator[Any]] = {}
+
+    def of(seed: int) -> Iterator[Any]:
+        if seed not in given:
+            given.update(fresh())
+        return map(operator.itemgetter(places[seed]), given.pop(seed))
+
+    return of
+
+
+def as_long(batch: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """A batch filled up with tokens that nobody attends to."""
+    return {
+        name: np.pad(leaf, [(0, 0), (0, length - leaf.shape[1])]) if leaf.ndim == 2 else leaf
+        for name, leaf in batch.items()
+    }
+
+
+def scores(task: Task, params: Tree, rows: Sequence[Row]) -> dict[str, float]:
+    found = task.score(params, rows)
+    return {"loss": found.loss, **found.metrics}
+
+
+def spread(metric: str, rows: int) -> Callable[[float], float] | None:
+    """The standard error of a share measured on so many rows, sqrt(p (1 - p) / n); None for other metrics."""
+    if metric not in SHARES:
+        return None
+    return lambda share: math.sqrt(share * (1 - share) / rows)
+
+
+def limits(config: Config, loaded: LoadedModel) -> dict[Slashes, int]:
+    """The highest rank that every targeted kernel has room for."""
+    lowest = replace(config, adapter=replace(config.adapter, rank=1, alpha=None, ranks={}))
+    tree = runs.wrap_base(lowest, replace(loaded, params=shapes(loaded.model, config.model.dtype)))
+    leaves = flatten(tree)
+    return {path: min(fans(leaves[path].shape, layout)) for path, layout in kernels("sweep", tree).items()}
+
+
+def name_of(member: Member) -> str:
+    """The folder of a member."""
+    return f"rank-{member.rank}_lr-{member.learning_rate:g}_seed-{member.seed}"
+
+
+class Members:
+    """The runs that a sweep stands for."""
+
+    def __init__(self, config: Config, out: Path, corpus: Corpus, task: Task, most: Mapping[Slashes, int]):
+        self.config, self.out, self.corpus, self.task, self.most = config, out, corpus, task, most
+
+    def job(self, member: Member) -> Config:
+        """The job that would train this member alone: kernels without room for its rank have the highest they can."""
+        adapter, rank = self.config.adapter, member.rank
+        capped = {re.escape(path): most for path, most in self.most.items() if most < rank}
+        return replace(
+            self.config,
+            adapter=replace(adapter, rank=rank, ranks={**adapter.ranks, **capped}),
+            optimisation=replace(self.config.optimisation, learning_rate=member.learning_rate, seed=member.seed),
+            output=replace(self.config.output, folder=self.out / MEMBERS / name_of(member)),
+        )
+
+    def start(self, member: Member) -> Tree:
+        """Its wrapped tree before the first step."""
+        return runs.wrap_base(self.job(member), runs.with_seed(self.task.loaded, member.seed))
+
+    def optimizer(self, steps: int) -> Callable[[Any], Any]:
+        """The job's optimizer at a learning rate."""
+        options = self.config.optimisation
+        lowest = replace(self.config, adapter=replace(self.config.adapter, rank=1, ranks={}))
+        adapters, _ = split(runs.wrap_base(lowest, self.task.loaded), self.task.trained)
+        return lambda rate: make_optimizer(replace(options, learning_rate=rate), steps, adapters)
+
+    def save(self, event: Judged) -> None:
+        """Writes a member's best adapter, as a run's folder."""
+        self.clear()
+        job = self.job(event.member)
+        if not (job.output.folder / runs.CONFIG).exists():
+            runs.begin_run(job, self.corpus.labels, self.corpus.answers)
+        runs.save_best(job.output.folder, event.params, self.task)
+
+    @functools.cache  # noqa: B019
+    def clear(self) -> None:
+        """Removes an earlier sweep, once there is something to put in its place."""
+        for path in (self.out / name for name in FILES):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def capped(self, ranks: Sequence[int]) -> dict[Slashes, int]:
+        """The kernels that have no room for the largest rank, with what they have room for."""
+        return {path: most for path, most in self.most.items() if most < max(ranks)}
+
+
+@contextlib.contextmanager
+def progress(console: Console, metric: str) -> Iterator[Callable[[Judged | Progressed], None]]:
+    """Shows how a sweep goes on: a bar on a terminal, a line an evaluation elsewhere."""
+    best: dict[int, float] = {}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("sweep", total=None, state="")
+
+    def show(event: Judged | Progressed) -> None:
+        if isinstance(event, Judged):
+            value = event.metrics[metric]
+            if event.best:
+                best[event.member.rank] = value
+            if not console.is_terminal:
+                mark = "  best" if event.best else ""
+                line = f"step {event.step}  {event.member}  validation {metric} {value:.4f}{mark}"
+                console.print(line, highlight=False, soft_wrap=True)
+            return
+        number, groups = event.group
+        name = "sweep" if groups == 1 else f"group {number} of {groups}"
+        leader = f"  best {metric} {', '.join(f'{rank}: {value:.3f}' for rank, value in best.items())}" if best else ""
+        bar.update(
+            task,
+            description=name,
+            completed=event.step,
+            total=event.steps,
+            state=f"{len(event.losses)} members{leader}",
+        )
+
+    with bar:
+        yield show
