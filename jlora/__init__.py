@@ -7,6 +7,7 @@ from jlora.interop.huggingface import LoadedModel, load_model, save_model
 from jlora.interop.modules import PeftModule
 from jlora.interop.peft import load_peft, save_peft
 from jlora.recipes.generate import generate, stream
+from jlora.recipes.sweep import SweepResult, sweep
 from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.losses import cross_entropy
 from jlora.training.optimizer import optimizer
@@ -17,6 +18,7 @@ __all__ = [
     "PeftModule",
     "Rule",
     "Summary",
+    "SweepResult",
     "TrainState",
     "adapt",
     "attach",
@@ -38,6 +40,7 @@ __all__ = [
     "split",
     "stream",
     "summary",
+    "sweep",
     "unwrap",
     "wrap",
 ]
