@@ -1,11 +1,12 @@
 """MiniLM fine-tuned by jlora's recipe and by PEFT on torch: the same rows in the same order, the same settings.
 
-    python benchmarks/parity.py clinc150 FOLDER          # https://github.com/clinc/oos-eval: data_full.json
-    python benchmarks/parity.py ncbi-disease FOLDER      # https://github.com/spyysalo/ncbi-disease: *.tsv
+    python benchmarks/parity.py clinc150 FOLDER          # data/ of https://github.com/clinc/oos-eval
+    python benchmarks/parity.py ncbi-disease FOLDER      # conll/ of https://github.com/spyysalo/ncbi-disease
 
 Both train rank 8, alpha 16, on every linear layer, and the head in full: three epochs of batches of 32, AdamW at 1e-3
-with 50 steps of warm-up and linear decay. Then jlora trains once more with its own defaults. `--grid` tries settings
-on the validation file instead, jlora alone.
+with 50 steps of warm-up and linear decay. Then jlora trains once more with its own defaults. Every result is written
+when it is there, beside those of other methods and seeds. `--grid` instead trains one epoch of jlora from `START` with
+one change at a time, and asks the validation file; the test file is never read then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import platform
-import sys
+import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import tyro
 
 from jlora.cli.train import read, rows_of, train
+from jlora.core.errors import count
 from jlora.interop.huggingface import MINILM, find_folder
 from jlora.recipes import runs
 from jlora.recipes.batches import ordered_batches, training_batches
@@ -34,7 +36,23 @@ from jlora.recipes.metrics import entity_scores
 RESULTS = Path(__file__).parent / "results"
 RANK, ALPHA, EPOCHS, BATCH, RATE, WARMUP = 8, 16.0, 3, 32, 1e-3, 50
 LIBRARIES = ("jax", "optax", "torch", "peft", "transformers")
-GRID = {"learning_rate": (1e-3, 2e-3, 4e-3), "b_ratio": (1.0, 4.0), "head_ratio": (1.0, 10.0)}
+START = {
+    "model.pooling": "mean",
+    "adapter.alpha": 8.0,
+    "optimisation.learning_rate": 1e-3,
+    "optimisation.b_ratio": 1.0,
+    "optimisation.head_ratio": 10.0,
+    "optimisation.warmup": 0.1,
+    "optimisation.schedule": "linear",
+}
+GRID: tuple[dict[str, Any], ...] = (
+    {},
+    {"optimisation.learning_rate": 2e-3},
+    {"optimisation.b_ratio": 4.0},
+    {"adapter.alpha": 16.0},
+    {"optimisation.head_ratio": 1.0},
+    {"model.pooling": "pooler"},
+)
 
 
 @dataclass(frozen=True)
@@ -46,9 +64,10 @@ class Options:
     """Where its files are."""
     methods: tuple[Literal["peft", "jlora", "defaults"], ...] = ("peft", "jlora", "defaults")
     """What to run."""
+    seeds: tuple[int, ...] = (0,)
+    """Every method runs once with each."""
     grid: bool = False
     """Try settings on the validation file, one after the other."""
-    seed: int = 0
 
 
 def data_of(options: Options, scratch: Path) -> Data:
@@ -68,7 +87,7 @@ def data_of(options: Options, scratch: Path) -> Data:
 FILES = {"train": "train", "validation": "devel", "test": "test"}
 
 
-def same_settings(options: Options, scratch: Path) -> Config:
+def same_settings(options: Options, scratch: Path, seed: int) -> Config:
     """PEFT's settings as a job of jlora's."""
     config = Config(
         model=Model(name=MINILM, pooling="pooler"),
@@ -82,20 +101,20 @@ def same_settings(options: Options, scratch: Path) -> Config:
             epochs=EPOCHS,
             batch_size=BATCH,
             warmup=0.0,
-            seed=options.seed,
+            seed=seed,
         ),
     )
     return replace(config, optimisation=replace(config.optimisation, warmup=WARMUP / steps_of(config)))
 
 
-def defaults(options: Options, scratch: Path) -> Config:
+def defaults(options: Options, scratch: Path, seed: int) -> Config:
     """The recipe as it comes, at the same rank and epochs."""
     return Config(
         model=Model(name=MINILM),
         data=data_of(options, scratch),
         output=Output(folder=scratch / "defaults", overwrite=True, log_every=100),
         adapter=Adapter(rank=RANK),
-        optimisation=Optimisation(epochs=EPOCHS, seed=options.seed),
+        optimisation=Optimisation(epochs=EPOCHS, seed=seed),
     )
 
 
@@ -172,32 +191,71 @@ def run_peft(config: Config) -> dict[str, float]:
     return entity_scores(*names)._asdict()
 
 
-def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
-    rows = []
-    for method in options.methods:
+def measure(options: Options, scratch: Path) -> None:
+    """The test result of every method and seed."""
+    stem = RESULTS / f"parity-{options.name}"
+    rows = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").exists() else []
+    for method, seed in itertools.product(options.methods, options.seeds):
         started = time.perf_counter()
-        config = defaults(options, scratch) if method == "defaults" else same_settings(options, scratch)
+        config = (defaults if method == "defaults" else same_settings)(options, scratch, seed)
         found = run_peft(config) if method == "peft" else train(config).after
-        rows.append({"method": method, "seconds": time.perf_counter() - started, **found})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        # PEFT's side measures no loss.
+        scores = {name: value for name, value in found.items() if name != "loss"}
+        row = {"method": method, "seed": seed, **scores, "seconds": time.perf_counter() - started}
+        rows = [other for other in rows if (other["method"], other["seed"]) != (method, seed)] + [row]
+        order = ("peft", "jlora", "defaults")
+        write(stem, sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"])), options, EPOCHS)
 
 
-def search(options: Options, scratch: Path) -> list[dict[str, Any]]:
-    """The validation result of every combination of settings."""
-    rows = []
-    for values in itertools.product(*GRID.values()):
-        chosen = dict(zip(GRID, values, strict=True))
-        config = defaults(options, scratch)
-        config = replace(
-            config,
-            # The test file is left out: it must not choose.
-            data=replace(config.data, test=None),
-            optimisation=replace(config.optimisation, **chosen),
-        )
-        rows.append({**chosen, **train(config).best})
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+def search(options: Options, scratch: Path) -> None:
+    """The validation result of `START` and of every change of it, after one epoch."""
+    rows: list[dict[str, Any]] = []
+    for changes in GRID:
+        config = defaults(options, scratch, options.seeds[0])
+        # The test file is left out: it must not choose.
+        config = changed(config, {"data.test": None, "optimisation.epochs": 1, **START, **changes})
+        what = ", ".join(f"{name.partition('.')[2]} = {value}" for name, value in changes.items())
+        rows.append({"changed": what or "nothing", **train(config).best})
+        write(RESULTS / f"parity-{options.name}-grid", rows, options, 1)
+
+
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """The job with some values replaced, by section and name."""
+    for path, value in values.items():
+        section, _, name = path.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def write(stem: Path, rows: list[dict[str, Any]], options: Options, epochs: int) -> None:
+    """Rows as JSON, and as a table with the mean of each method that ran with several seeds."""
+    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
+    columns = list(rows[0])
+    lines = [
+        f"# MiniLM on {options.name}",
+        "",
+        f"- Command: `python benchmarks/parity.py {options.name} FOLDER{' --grid' if options.grid else ''}`",
+        f"- Python {platform.python_version()}, {versions}",
+        f"- Rank {RANK}, {count(epochs, 'epoch')}, batches of {BATCH}",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "| " + " | ".join("---" for _ in columns) + " |",
+        *("| " + " | ".join(map(shown, row.values())) + " |" for row in [*rows, *means(rows)]),
+    ]
+    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each method with several seeds: their mean."""
+    found = []
+    for method in dict.fromkeys(row.get("method") for row in rows):
+        group = [row for row in rows if row.get("method") == method]
+        if method is not None and len(group) > 1:
+            numbers = {name: statistics.mean(row[name] for row in group) for name in list(group[0])[2:]}
+            found.append({"method": method, "seed": "mean", **numbers})
+    return found
 
 
 def shown(value: Any) -> str:
@@ -206,24 +264,7 @@ def shown(value: Any) -> str:
 
 def main(options: Options) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        rows = (search if options.grid else measure)(options, Path(scratch))
-    stem = RESULTS / f"parity-{options.name}{'-grid' if options.grid else ''}"
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
-    columns = list(rows[0])
-    lines = [
-        f"# MiniLM on {options.name}",
-        "",
-        f"- Command: `python benchmarks/parity.py {' '.join(['...' if '/' in a else a for a in sys.argv[1:]])}`",
-        f"- Python {platform.python_version()}, {versions}",
-        f"- Rank {RANK}, {EPOCHS} epochs, batches of {BATCH}",
-        "",
-        "| " + " | ".join(columns) + " |",
-        "| " + " | ".join("---" for _ in columns) + " |",
-        *("| " + " | ".join(map(shown, row.values())) + " |" for row in rows),
-    ]
-    stem.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-    stem.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        (search if options.grid else measure)(options, Path(scratch))
 
 
 if __name__ == "__main__":

@@ -191,6 +191,7 @@ dropout = 0.05
 
 [optimisation]
 learning_rate = 0.02
+b_ratio = 1.0
 head_ratio = 3.0
 epochs = 5
 batch_size = 8
@@ -227,6 +228,7 @@ rank = 4
 
 [optimisation]
 learning_rate = 0.02
+b_ratio = 1.0
 epochs = 6
 batch_size = 8
 clip = 1.0

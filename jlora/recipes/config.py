@@ -151,7 +151,7 @@ class Optimisation:
 
     optimizer: str = "adamw"
     learning_rate: Annotated[float, Range(0, above=True)] = 1e-3
-    b_ratio: Annotated[float, Range(0, above=True)] = 1.0
+    b_ratio: Annotated[float, Range(0, above=True)] = 4.0
     head_ratio: Annotated[float, Range(0, above=True)] = 10.0
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: Annotated[float, Range(0, 1)] = 0.1
