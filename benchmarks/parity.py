@@ -17,6 +17,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,7 @@ import tyro
 from jlora.cli.train import read, rows_of, train
 from jlora.core.errors import count
 from jlora.interop.huggingface import MINILM, find_folder
+from jlora.interop.peft import save_peft
 from jlora.recipes import runs
 from jlora.recipes.batches import ordered_batches, training_batches
 from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output
@@ -50,8 +52,6 @@ GRID: tuple[dict[str, Any], ...] = (
     {"optimisation.learning_rate": 2e-3},
     {"optimisation.b_ratio": 4.0},
     {"adapter.alpha": 16.0},
-    {"optimisation.head_ratio": 1.0},
-    {"model.pooling": "pooler"},
 )
 
 
@@ -128,14 +128,21 @@ def batches_of(config: Config, rows: Any, tokenizer: Any) -> Any:
     return training_batches(rows, **shapes, pad_id=tokenizer.pad_token_id, seed=config.optimisation.seed)
 
 
+def start(config: Config, labels: Sequence[str]) -> Path:
+    """The head and the adapter that jlora begins with, in PEFT's form: which ones are drawn decides a point."""
+    loaded = runs.load_base(config, labels)
+    folder = config.output.folder.with_name("start")
+    save_peft(folder, loaded.model, runs.wrap_base(config, loaded))
+    return folder
+
+
 def run_peft(config: Config) -> dict[str, float]:
     """The job on torch."""
     import numpy as np
     import torch
     import transformers
-    from peft import LoraConfig, get_peft_model
+    from peft import PeftModel
 
-    torch.manual_seed(config.optimisation.seed)
     corpus, options = read(config), config.optimisation
     tokenizer = transformers.AutoTokenizer.from_pretrained(find_folder(config.model.name, None))
     rows = {name: rows_of(config, tokenizer, corpus, name).rows for name in corpus.splits}
@@ -144,15 +151,7 @@ def run_peft(config: Config) -> dict[str, float]:
     # The base's own dropout is off, as in jlora: it is frozen.
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     base = kind.from_pretrained(find_folder(config.model.name, None), num_labels=len(corpus.labels), **dropout)
-    targets = ["query", "key", "value", "dense"]
-    adapter = config.adapter
-    model = get_peft_model(
-        base,
-        LoraConfig(
-            r=adapter.rank, lora_alpha=int(adapter.alpha or adapter.rank), target_modules=targets,
-            modules_to_save=["classifier"], task_type="TOKEN_CLS" if tokens else "SEQ_CLS",
-        ),
-    )  # fmt: skip
+    model = PeftModel.from_pretrained(base, start(config, corpus.labels), is_trainable=True)
     trained = [value for value in model.parameters() if value.requires_grad]
     tx = torch.optim.AdamW(trained, lr=1.0, weight_decay=options.weight_decay)
     batches = batches_of(config, rows["train"], tokenizer).map(prepare)
