@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import resource
 import shutil
@@ -27,7 +28,7 @@ from jlora.interop.huggingface import find_folder
 from jlora.recipes import runs
 from jlora.recipes.batches import Row, Rows, make_rows, pack
 from jlora.recipes.config import Config
-from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, fit
+from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, can_be_written, fit
 from jlora.recipes.readers import Corpus, read_corpus
 from jlora.recipes.runs import Run
 from jlora.recipes.tasks import TASKS, Classes, Entities, Scores
@@ -99,6 +100,8 @@ def train(config: Config) -> Result:
         Stopped: a signal stopped the run, which can be gone on with.
     """
     start = time.perf_counter()
+    # Orbax logs with a traceback what it raises too, and is then told of in words.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     join_processes()
     # On several hosts one process speaks and writes.
     console, folder = Console(quiet=jax.process_index() != 0), config.output.folder
@@ -163,7 +166,8 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
         # No process may find what another has begun to write.
         wait_for_all("folder checked")
         if jax.process_index() == 0:
-            runs.begin_run(config, corpus.labels, corpus.answers, resume=resume)
+            with can_be_written(config.output.folder):
+                runs.begin_run(config, corpus.labels, corpus.answers, resume=resume)
         wait_for_all("run begun")
 
     best = follow(job, console, begin)
@@ -258,7 +262,8 @@ def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
                 event = event._replace(params=None)
             events.append(event)
     if jax.process_index() == 0:
-        learning_curve(folder / runs.CURVE, events, job.task.measure)
+        with can_be_written(folder):
+            learning_curve(folder / runs.CURVE, events, job.task.measure)
     for hint in show.hints(events, config):
         console.print(hint, highlight=False)
     return [event for event in events if isinstance(event, Evaluation) and event.best][-1]
@@ -290,28 +295,38 @@ def board(config: Config) -> Iterator[Any]:
     if not config.output.tensorboard or jax.process_index() != 0:
         yield lambda event: None
         return
-    from tensorboardX import SummaryWriter
+    # Its SummaryWriter writes in a thread of its own, which a full disk ends without a word.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
 
     folder = config.output.folder / runs.EVENTS
-    with contextlib.ExitStack() as stack:
 
-        @functools.cache
-        def writer() -> SummaryWriter:
-            # Not before there is something to write: until then the folder is an earlier run's.
-            shutil.rmtree(folder, ignore_errors=True)
-            return stack.enter_context(SummaryWriter(str(folder)))
+    @functools.cache
+    def writer() -> EventsWriter:
+        # Not before there is something to write: until then the folder is an earlier run's.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return EventsWriter(str(folder / "events"))
 
-        def write(event: Step | Evaluation) -> None:
-            values: dict[str, float] = {"validation/loss": event.loss}
-            if isinstance(event, Step):
-                names = ("loss", "learning_rate", "grad_norm")
-                values = {f"train/{name}": getattr(event, name) for name in names}
-            else:
-                values |= {f"validation/{name}": value for name, value in event.metrics.items()}
+    def write(event: Step | Evaluation) -> None:
+        values: dict[str, float] = {"validation/loss": event.loss}
+        if isinstance(event, Step):
+            names = ("loss", "learning_rate", "grad_norm")
+            values = {f"train/{name}": getattr(event, name) for name in names}
+        else:
+            values |= {f"validation/{name}": value for name, value in event.metrics.items()}
+        with can_be_written(folder):
             for name, value in values.items():
-                writer().add_scalar(name, value, event.step)
+                writer().write_event(Event(wall_time=time.time(), step=event.step, summary=scalar(name, value)))
+            writer().flush()
 
+    try:
         yield write
+    finally:
+        if writer.cache_info().currsize:
+            with can_be_written(folder):
+                writer().close()
 
 
 def opening(counts: Summary, corpus: Corpus, task: Any, job: Job) -> str:
@@ -356,9 +371,10 @@ def finish(config: Config, console: Console, result: Result, run: Run, merged: A
     """Writes the result and the card, shows the table, and answers the config's questions."""
     folder = config.output.folder
     if jax.process_index() == 0:
-        (folder / runs.CARD).write_text(show.model_card(config, result._asdict(), use_of(config)), encoding="utf-8")
-        # Last: a run that has its result is finished.
-        runs.write_whole(folder / runs.RESULT, json.dumps(result._asdict(), indent=1) + "\n")
+        with can_be_written(folder):
+            (folder / runs.CARD).write_text(show.model_card(config, result._asdict(), use_of(config)), encoding="utf-8")
+            # Last: a run that has its result is finished.
+            runs.write_whole(folder / runs.RESULT, json.dumps(result._asdict(), indent=1) + "\n")
     console.print(result_table(table(result, rows, run.task)))
     console.print(f"Written to {folder}", highlight=False)
     if config.data.questions:

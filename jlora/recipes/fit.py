@@ -4,6 +4,7 @@ A run's history is a file of JSON lines without clock times. A checkpoint notes 
 it there: however often a run is killed, its files end up as if it never had been.
 """
 
+import contextlib
 import functools
 import inspect
 import json
@@ -30,6 +31,7 @@ from jlora.core.tree import join, split
 from jlora.recipes.batches import Row, buckets, pad, training_batches
 from jlora.recipes.config import Config, Optimisation
 from jlora.recipes.tasks import Scores, Task, pad_token
+from jlora.training.checkpoint import writing
 from jlora.training.run_state import RunCheckpoints
 from jlora.training.sharding import place_rows
 from jlora.training.step import TrainState, make_train_step
@@ -139,10 +141,14 @@ class History:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def add(self, event: Step | Evaluation) -> None:
-        """Writes an event down, at once; a number that is not finite as null, since JSON has no word for it."""
+        """Writes an event down, at once; a number that is not finite as null, since JSON has no word for it.
+
+        Raises:
+            OSError: it can't be written.
+        """
         if self._write:
             values = {name: value for name, value in event._asdict().items() if name != "params"}
-            with open(self.path, "a", encoding="utf-8") as file:
+            with can_be_written(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": type(event).__name__.lower()} | _nulled(values)) + "\n")
                 # A checkpoint notes how long the file is: it must not reach the disk first.
                 file.flush()
@@ -162,6 +168,12 @@ class History:
                 file.truncate(position)
         lines = self.path.read_bytes()[:position].decode("utf-8").splitlines() if position else []
         return [_event(json.loads(line)) for line in lines]
+
+
+def can_be_written(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Inside it, what the disk refuses is an error that says how the run goes on."""
+    fix = "make room on the disk or mend it; the same command then goes on from there."
+    return writing("train", f"{path} can't be written to; what was saved before is there.", fix)
 
 
 def _nulled(value: Any) -> Any:

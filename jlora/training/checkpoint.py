@@ -9,13 +9,14 @@ A save writes a new folder of arrays, then renames a new adapter.json over the o
 arrays. Whenever it is killed, adapter.json names arrays that are complete.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata as packages
 from pathlib import Path as File
 from typing import Any
@@ -53,6 +54,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
 
     Raises:
       ValueError: the tree has no adapter, a name in `train` matches nothing, or `folder` can't be written to.
+      OSError: the disk gives out while it is written; what was saved before is whole.
     """
     targets = kernels("save_adapter", params)
     leaves = flatten(params)
@@ -62,21 +64,23 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
     target = _writable(File(folder).absolute())
     name = f"arrays-{uuid.uuid4().hex}"
-    with _checkpointer() as checkpointer:
-        checkpointer.save(target / name, _nest(arrays))
-    _sync(target / name)
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "arrays": name,
-        "targets": {path: _target(path, arrays) for path in targets},
-        "train": full,
-        "leaves": {path: _described(array) | {"sha256": _digest(array)} for path, array in arrays.items()},
-        "files": _files(target / name),
-        "base": _fingerprint(base, full),
-        "libraries": {library: _version(library) for library in LIBRARIES},
-    }
-    _replace(target / METADATA, json.dumps(metadata | {"sha256": _seal(metadata)}, indent=1))
+    fix = "make room on the disk or mend it, and save again."
+    with writing("save_adapter", f"'{target}' can't be written to; what was saved there before is whole.", fix):
+        with _checkpointer() as checkpointer:
+            checkpointer.save(target / name, _nest(arrays))
+        _sync(target / name)
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "arrays": name,
+            "targets": {path: _target(path, arrays) for path in targets},
+            "train": full,
+            "leaves": {path: _described(array) | {"sha256": _digest(array)} for path, array in arrays.items()},
+            "files": _files(target / name),
+            "base": _fingerprint(base, full),
+            "libraries": {library: _version(library) for library in LIBRARIES},
+        }
+        _replace(target / METADATA, json.dumps(metadata | {"sha256": _seal(metadata)}, indent=1))
     for old in target.glob("arrays-*"):
         if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
@@ -122,6 +126,23 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
         return out
 
     return edit(base_params, change)
+
+
+@contextlib.contextmanager
+def writing(who: str, problem: str, fix: str) -> Iterator[None]:
+    """Gives what goes wrong with the disk, in whichever library's form, as one error.
+
+    Raises:
+      OSError: something can't be written.
+    """
+    try:
+        yield
+    # TensorStore's errors of the file system are ValueErrors.
+    except (OSError, ValueError) as error:
+        if "\nFix: " in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(complain(who, problem, [reason], fix)) from error
 
 
 def _checkpointer() -> ocp.Checkpointer:

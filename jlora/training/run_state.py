@@ -10,7 +10,6 @@ Orbax writes a step beside the others and renames it when it is complete, so wha
 
 import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from jlora.core.errors import complain
+from jlora.training.checkpoint import writing
 from jlora.training.step import TrainState
 
 
@@ -89,17 +89,10 @@ class RunCheckpoints:
             self._manager.wait_until_finished()
         self._manager.close()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Gives what goes wrong with the disk, in whichever library's form, as one error."""
-        try:
-            yield
-        # TensorStore's errors of the file system are ValueErrors.
-        except (OSError, ValueError) as error:
-            problem = f"a checkpoint can't be written to {self.folder}; those before it are there."
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            fix = "make room on the disk or mend it; the same command then goes on from the last one."
-            raise OSError(complain("checkpoint", problem, [reason], fix)) from error
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        problem = f"a checkpoint can't be written to {self.folder}; those before it are there."
+        fix = "make room on the disk or mend it; the same command then goes on from the last one."
+        return writing("checkpoint", problem, fix)
 
 
 def _plain(state: TrainState) -> dict[str, Any]:
