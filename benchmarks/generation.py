@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from methods import Case, _random_params
+from step_methods import Case, _random_params
 from rich.console import Console
 from rich.table import Table
 from step import describe, receive, stop

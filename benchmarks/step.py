@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from methods import METHODS, SIZES, Case, Method, matmul_peak
+from step_methods import METHODS, SIZES, Case, Method, matmul_peak
 from rich.console import Console
 from rich.table import Table
 
