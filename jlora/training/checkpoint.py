@@ -146,7 +146,11 @@ def writing(who: str, problem: str, fix: str) -> Iterator[None]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    # Of several processes only one saves an adapter: Orbax may not wait for the others.
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _target(stem: Path, arrays: Mapping[Path, np.ndarray]) -> dict[str, Any]:
