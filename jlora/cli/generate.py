@@ -14,6 +14,7 @@ from jlora.core.tree import merge
 from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.interop.peft import load_peft
 from jlora.recipes.generate import stream, unusable_settings
+from jlora.recipes.runs import ADAPTER
 from jlora.training.checkpoint import restore_adapter
 
 LOST = "\N{REPLACEMENT CHARACTER}"
@@ -38,7 +39,7 @@ def generate(
     Args:
         name: folder or hub name of the model.
         prompts: texts to continue; empty for one, the whole standard input.
-        adapter: a folder of jlora's or of PEFT's.
+        adapter: a folder of jlora's or of PEFT's, or a run's.
         merged: fold the adapter into the base first.
         dtype: of parameters and computation.
         chat: each prompt is a message, put into the tokenizer's chat template.
@@ -105,17 +106,18 @@ def tokenise(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
 
 
 def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
-    """The base with an adapter from a folder of either kind.
+    """The base with an adapter from a folder of either kind, or from a run's.
 
     Raises:
         ValueError: no adapter there, or one that does not fit.
     """
+    folder = folder / ADAPTER if (folder / ADAPTER / "adapter.json").is_file() else folder
     if (folder / "adapter.json").is_file():
         return restore_adapter(folder, loaded.params)
     if (folder / "adapter_config.json").is_file():
         return load_peft(folder, loaded.model, loaded.params)
     offenders = ["neither adapter.json (jlora) nor adapter_config.json (PEFT) is there"]
-    fix = "name the folder that save_adapter or save_peft wrote."
+    fix = "name the folder that `jlora train`, save_adapter or save_peft wrote."
     raise ValueError(complain("generate", f"{folder} holds no adapter.", offenders, fix))
 
 

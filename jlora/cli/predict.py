@@ -19,7 +19,7 @@ from jlora.recipes.readers import Tagged
 from jlora.recipes.runs import Run, load_run
 from jlora.recipes.tasks import Entities, Language, log_softmax, pad_token
 
-NEW_TOKENS = 64
+NEW_TOKENS = 256
 
 
 def predict(folder: Path, questions: Sequence[str], *, top: int, as_json: bool, model: str | None) -> None:

@@ -155,7 +155,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     job = Job(
         config=config, task=task, params=params, rows=rows["train"].rows, validation=rows["validation"].rows, mesh=mesh
     )
-    console.print(opening(counts, corpus, task, job), highlight=False)
+    console.print(opening(counts, corpus, task, job), highlight=False, soft_wrap=True)
     for name, found in rows.items():
         if found.cut and data.task != "causal_lm":
             console.print(f"{found.cut} of {name} reach beyond max_length = {data.max_length} tokens, and are cut.")
@@ -379,7 +379,7 @@ def finish(config: Config, console: Console, result: Result, run: Run, merged: A
     console.print(f"Written to {folder}", highlight=False)
     if config.data.questions:
         for text in answers(run, merged, config.data.questions):
-            console.print(text, highlight=False, markup=False)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def use_of(config: Config) -> str:

@@ -1,0 +1,235 @@
+"""Every command: what the documents say of it runs, and what it writes is what torch reads."""
+
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny_job
+
+from jlora.cli import main as commands
+from jlora.cli.main import main
+from jlora.core.paths import flatten
+from jlora.recipes import runs
+
+torch = pytest.importorskip("torch", reason="no torch, the oracle")
+peft = pytest.importorskip("peft", reason="no peft, the oracle")
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    name.lower(): kind
+    for name, kind in vars(commands).items()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and hasattr(kind, "run")
+}
+LINE = re.compile(rf"jlora (?:{'|'.join(COMMANDS)}) (?!\.|--help)[^`\n|]+")
+quick = tiny_job.quick
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings"),
+]
+
+
+def documented() -> list[str]:
+    """Every command line of the documents, its options and its dots left out."""
+    files = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.toml")), *(ROOT / "examples").rglob("README.md")]
+    found = {}
+    for file in files:
+        for line in LINE.findall(file.read_text()):
+            line = re.sub(r"\[.*?\]|\.\.\.|  #.*", "", line).strip()
+            found.setdefault(line)
+    return list(found)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {"bert": tiny_job.make_model(folder / "bert"), "llama": tiny_job.make_llama(folder / "llama")}
+
+
+@pytest.fixture(scope="module")
+def trained(models, tmp_path_factory):
+    """A run of every kind, its best adapter not its last."""
+    folder, found = tmp_path_factory.mktemp("trained"), {}
+    for task, model in (("causal_lm", "llama"), ("token_classification", "bert")):
+        toml = tiny_job.make_other_job(folder / task, models[model], task)
+        assert main(["train", str(toml), "--optimisation.epochs", "3", "--adapter.alpha", "12"]) == 0
+        found[task] = folder / task / "run"
+    return found
+
+
+def tokens(run: runs.Run) -> np.ndarray:
+    words = run.task.loaded.tokenizer(["where is my courier"])["input_ids"]
+    return np.array(words)
+
+
+def torch_logits(model, ids: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(ids)).logits.float().numpy()
+
+
+CLASSES = {"causal_lm": "AutoModelForCausalLM", "token_classification": "AutoModelForTokenClassification"}
+
+
+@pytest.mark.parametrize("task", CLASSES)
+def test_what_merge_and_export_write_has_the_runs_logits_in_torch(task, trained, models, tmp_path):
+    run = runs.load_run(trained[task])
+    ids, auto = tokens(run), getattr(transformers, CLASSES[task])
+    with jax.default_matmul_precision("highest"):
+        wanted = np.asarray(jax.jit(_logits(run))(run.params, ids))
+    base = np.asarray(jax.jit(_logits(run))(run.task.loaded.params, ids))
+    assert abs(wanted - base).max() > 0.1
+    assert main(["merge", str(trained[task]), "--out", str(tmp_path / "merged")]) == 0
+    merged = torch_logits(auto.from_pretrained(tmp_path / "merged"), ids)
+    np.testing.assert_allclose(merged, wanted, atol=2e-5)
+    options = {} if task == "causal_lm" else {"num_labels": len(run.task.labels)}
+    for form in ("peft", "vllm") if task == "causal_lm" else ("peft",):
+        assert main(["export", str(trained[task]), "--out", str(tmp_path / form), "--format", form]) == 0
+        loaded = auto.from_pretrained(run.config.model.name, **options)
+        exported = torch_logits(peft.PeftModel.from_pretrained(loaded, tmp_path / form), ids)
+        np.testing.assert_allclose(exported, wanted, atol=2e-5)
+
+
+def _logits(run: runs.Run):
+    from jlora import adapt
+
+    return adapt(lambda params, ids: run.task.loaded.model.apply({"params": params}, ids))
+
+
+def test_eval_is_torchs_mean_loss_and_on_validation_the_best_evaluations(trained, tmp_path, capsys):
+    run = trained["causal_lm"]
+    data = run.parent / "validation.jsonl"
+    capsys.readouterr()
+    assert main(["eval", str(run), "--data", str(data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    result = json.loads((run / "result.json").read_text())
+    assert found["loss"] == pytest.approx(result["best"]["loss"], abs=1e-5)
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]))
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    total, count = 0.0, 0
+    for line in data.read_text().splitlines():
+        ids = np.array([[*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]])
+        logits = torch.from_numpy(torch_logits(model, ids))
+        losses = torch.nn.functional.cross_entropy(logits[0, :-1], torch.from_numpy(ids[0, 1:]), reduction="sum")
+        total, count = total + float(losses), count + ids.shape[1] - 1
+    assert found["loss"] == pytest.approx(total / count, abs=1e-4)
+    assert found["records"] == len(data.read_text().splitlines())
+
+
+def test_inspect_tells_of_every_kernel_what_float64_numpy_does(trained, models, capsys):
+    folder = trained["causal_lm"]
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--model", str(models["llama"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    leaves = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(runs.load_run(folder).params).items()}
+    told = {target["path"]: target for target in found["targets"]}
+    assert set(told) == {path.removesuffix("_lora_a") for path in leaves if path.endswith("_lora_a")}
+    for path, target in told.items():
+        a, b = leaves[path + "_lora_a"], leaves[path + "_lora_b"]
+        norm = np.linalg.norm(leaves[path + "_lora_scaling"] * a @ b)
+        assert target["norm"] == pytest.approx(norm, rel=1e-5)
+        assert target["ratio"] == pytest.approx(norm / np.linalg.norm(leaves[path]), rel=1e-5)
+        assert (target["rank"], target["alpha"], target["scaling"]) == (4, 12.0, 3.0)
+        assert target["parameters"] == a.size + b.size
+    assert found["base"] == str(models["llama"])
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert all(path in shown for path in told)
+
+
+def stand_ins(folder: Path, models: dict, trained: dict) -> dict[str, str]:
+    """What the words of the documents stand for here."""
+    return {
+        "FOLDER": str(trained["causal_lm"]),
+        "RUN": str(trained["causal_lm"]),
+        "MODEL": str(models["llama"]),
+        "FILE": str(trained["causal_lm"].parent / "validation.jsonl"),
+        "OUT": str(folder / "out"),
+        "CONFIG.toml": str(trained["causal_lm"].parent / "job.toml"),
+        "SONNETS.txt": str(folder / "sonnets.txt"),
+        "STORIES": str(models["llama"]),
+    }
+
+
+def small(argv: list[str], folder: Path, models: dict) -> list[str]:
+    """A command line with its models made tiny, its steps few, and its files in a folder of the test's."""
+    if argv[0] == "train":
+        name = Path(argv[1]).stem
+        model = models["llama" if name in ("llama_faq", "gpt2_poetry", "job") else "bert"]
+        argv += ["--model.name", str(model), "--optimisation.steps", "2", "--run.evaluate-every", "2"]
+        argv += ["--output.folder", str(folder / "runs" / name), "--output.overwrite", "--data.max-length", "48"]
+        argv += ["--model.dtype", "float32"]
+        argv += ["--model.pooling", "mean"] if name == "faq" else []
+        if name == "bert_ner":
+            for split, file in (("train", "train"), ("validation", "devel"), ("test", "test")):
+                argv += [f"--data.{split}", str(folder / f"{file}.tsv")]
+    return [str(folder / word) if word.startswith("runs/") else word for word in argv]
+
+
+def write_data(folder: Path) -> None:
+    for name, split in (("train", "train"), ("devel", "validation"), ("test", "test")):
+        sentences = (
+            "\n".join(map("\t".join, zip(r["tokens"], r["tags"], strict=True))) for r in tiny_job.tagged(split)
+        )
+        (folder / f"{name}.tsv").write_text("\n\n".join(sentences) + "\n")
+    (folder / "sonnets.txt").write_text("\n\n".join(record["text"] for record in tiny_job.questions("train")))
+
+
+def test_every_documented_command_line_runs(models, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = documented()
+    assert {line.split()[1] for line in found} >= {"train", "predict", "generate"}
+    write_data(tmp_path)
+    words = stand_ins(tmp_path, models, trained)
+    for n, line in enumerate(found):
+        argv = [words.get(word, word) for word in shlex.split(line)[1:]]
+        # No two write to one place.
+        argv = [f"{word}{n}" if word == words["OUT"] else word for word in argv]
+        assert main(small(argv, tmp_path, models)) == 0, f"{line}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_describes_every_flag_of_every_command(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as caught:
+        main([name, "--help"])
+    assert caught.value.code == 0
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    described = re.findall(r"^    +(\w+): (.*)$", COMMANDS[name].__doc__, re.M)
+    assert described
+    for field, words in described:
+        if field != "settings":
+            assert " ".join(words.split()[:4]) in shown, field
+    flags = [item.name for item in dataclasses.fields(COMMANDS[name]) if item.name not in ("settings",)]
+    assert {field for field, _ in described} >= set(flags)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["eval", "{empty}"], "holds no run"),
+        (["eval", "{run}"], "was trained without a test file"),
+        (["eval", "{run}", "--data", "gone.jsonl"], "no such file"),
+        (["inspect", "{empty}"], "holds no adapter"),
+        (["merge", "{empty}", "--out", "{out}"], "holds no adapter"),
+        (["merge", "{run}", "--out", "{run}"], "is not empty"),
+        (["export", "{run}", "--out", "{file}"], "is a file, not a folder"),
+        (["export", "{run}", "--out", "{out}", "--model", "./nowhere"], "nowhere"),
+        (["plan", "./nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_are_told_with_their_fix_and_exit_with_2(argv, words, trained, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    run = trained["causal_lm"]
+    places = {"empty": tmp_path / "empty", "run": run, "out": tmp_path / "out", "file": run / "config.toml"}
+    capsys.readouterr()
+    assert main([word.format(**places) for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert words in said and "\nFix: " in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
