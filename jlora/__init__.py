@@ -6,7 +6,9 @@ from jlora.core.tree import Summary, attach, extract, join, mask, merge, split, 
 from jlora.interop.huggingface import LoadedModel, load_model, save_model
 from jlora.interop.modules import PeftModule
 from jlora.interop.peft import load_peft, save_peft
+from jlora.recipes.advise import Advice, advise
 from jlora.recipes.generate import generate, stream
+from jlora.recipes.plan import Plan, plan
 from jlora.recipes.sweep import SweepResult, sweep
 from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.losses import cross_entropy
@@ -14,13 +16,16 @@ from jlora.training.optimizer import optimizer
 from jlora.training.step import TrainState, make_train_step
 
 __all__ = [
+    "Advice",
     "LoadedModel",
     "PeftModule",
+    "Plan",
     "Rule",
     "Summary",
     "SweepResult",
     "TrainState",
     "adapt",
+    "advise",
     "attach",
     "cross_entropy",
     "extract",
@@ -33,6 +38,7 @@ __all__ = [
     "mask",
     "merge",
     "optimizer",
+    "plan",
     "restore_adapter",
     "save_adapter",
     "save_model",

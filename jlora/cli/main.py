@@ -145,7 +145,7 @@ class Generate:
     Attributes:
         model: folder or hub name of the model
         prompts: texts to continue; left out, the whole standard input is one
-        adapter: folder of an adapter, jlora's or PEFT's
+        adapter: folder of an adapter, jlora's or PEFT's, or of a run
         merge: fold the adapter into the base first: faster tokens, for the memory of a second copy of its kernels
         dtype: of the parameters and of the computation
         chat: each prompt is a message: put it into the tokenizer's chat template, and print the reply alone
@@ -208,6 +208,43 @@ class Plan:
         from jlora.cli.plan import show
 
         show(self.model, self.settings, memory=self.memory, as_json=self.json)
+
+
+@dataclass(frozen=True)
+class Advise:
+    """Name a rank to begin with, a range to look in, and why, before any run.
+
+    Attributes:
+        config: a job's TOML file, which tells what the flags leave out
+        task: what is learnt
+        examples: to train on; left out, those of the job's data
+        difficulty: of the task; left out, what it most often is
+        model: folder or hub name of the model; of it config.json alone is read
+        memory: what there is, as 24GB; a rank is advised whose step fits
+        json: print one JSON object
+    """
+
+    config: Path | None = None
+    task: Literal["sequence_classification", "token_classification", "causal_lm", "instruction"] | None = None
+    examples: int | None = None
+    difficulty: Literal["simple", "medium", "complex"] | None = None
+    model: str | None = None
+    memory: str | None = None
+    json: bool = False
+
+    def run(self) -> None:
+        """Prints the advice."""
+        from jlora.cli.advise import show
+
+        show(
+            self.config,
+            task=self.task,
+            examples=self.examples,
+            difficulty=self.difficulty,
+            model=self.model,
+            memory=self.memory,
+            as_json=self.json,
+        )
 
 
 @dataclass(frozen=True)
@@ -339,7 +376,7 @@ def parse(argv: list[str]) -> Any:
             found = tyro.conf.subcommand(name, default=command(path, configs.read(path)))
         commands = Annotated[command, found] if commands is None else commands | Annotated[command, found]
     others = {"eval": Eval, "predict": Predict, "generate": Generate}
-    others |= {"plan": Plan, "inspect": Inspect, "merge": Merge, "export": Export}
+    others |= {"advise": Advise, "plan": Plan, "inspect": Inspect, "merge": Merge, "export": Export}
     for name, command in others.items():
         commands = commands | Annotated[command, tyro.conf.subcommand(name)]
     return tyro.cli(commands, prog="jlora", args=argv, description="LoRA fine-tuning for JAX and Flax.")

@@ -141,7 +141,7 @@ def hints(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
         smaller = f"a smaller rank than {rank}, " if rank > 1 else ""
         return [
             f"Validation loss rose from {rise.low:.3f} to {rise.last:.3f} since evaluation {rise.place + 1} "
-            f"of {rise.count}: try {smaller}more dropout, or a lower learning rate. The best adapter was kept."
+            f"of {rise.of}: try {smaller}more dropout, or a lower learning rate. The best adapter was kept."
         ]
     loss = stalled([event.loss for event in events if isinstance(event, Step)])
     if loss is None or rank >= 64:

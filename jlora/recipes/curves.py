@@ -12,13 +12,13 @@ class Rise(NamedTuple):
         place: of its lowest point, from 0.
         low: the loss there.
         last: the loss at the end.
-        count: how many evaluations there were.
+        of: how many evaluations there were.
     """
 
     place: int
     low: float
     last: float
-    count: int
+    of: int
 
 
 def stalled(losses: Sequence[float]) -> float | None:

@@ -1,0 +1,64 @@
+"""`jlora advise`: a rank to begin with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jlora.cli.train import read
+from jlora.core.errors import complain
+from jlora.recipes import config as configs
+from jlora.recipes.advise import advise
+
+
+def show(
+    config: Path | None,
+    *,
+    task: str | None,
+    examples: int | None,
+    difficulty: Any,
+    model: str | None,
+    memory: str | None,
+    as_json: bool,
+) -> None:
+    """Prints an advice.
+
+    Args:
+        config: a job's TOML file, which tells what the other arguments leave out.
+        task: what is learnt.
+        examples: to train on.
+        difficulty: of the task, None for what it most often is.
+        model: folder or hub name.
+        memory: what there is, as "24GB".
+        as_json: print one JSON object.
+
+    Raises:
+        ValueError: nothing can be advised.
+        OSError: a file can't be read.
+    """
+    settings: dict[str, Any] = {}
+    if config is not None:
+        job = configs.read(config)
+        task, model = task or job.data.task, model or job.model.name
+        examples = len(read(job).splits["train"]) if examples is None else examples
+        settings = step_of(job) if memory is not None else {}
+    missing = [f"--{name}" for name, value in {"task": task, "examples": examples}.items() if value is None]
+    if missing:
+        raise ValueError(complain("advise", "too little is known.", missing, "give them, or a job with --config."))
+    assert task is not None and examples is not None
+    found = advise(task, examples=examples, difficulty=difficulty, model=model, memory=memory, **settings)
+    print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+
+
+def step_of(job: configs.Config) -> dict[str, Any]:
+    """A job's settings as a plan takes them."""
+    return {
+        "batch_size": job.optimisation.batch_size,
+        "accumulate": job.optimisation.accumulate,
+        "sequence": job.data.max_length,
+        "dtype": job.model.dtype,
+        "optimizer": job.optimisation.optimizer,
+        "scan": job.model.scan,
+        "remat": job.model.remat,
+        "dropout": job.adapter.dropout,
+        "targets": job.adapter.targets,
+    }

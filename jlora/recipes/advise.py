@@ -1,0 +1,207 @@
+"""A rank to start with, before any run: rules of thumb, held against the model's shapes and the memory there is.
+
+The bands are the habits of the field: 4 to 16 for simple tasks, 16 to 64 for medium ones, 64 to 256 for complex ones;
+few data take the low end and many the high one. `jlora.sweep` measures what this guesses.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from jlora.core.errors import complain, nearest
+from jlora.core.layouts import fans
+from jlora.core.paths import flatten
+from jlora.core.tree import kernels, wrap
+from jlora.interop.huggingface import LoadedModel, load_model
+from jlora.recipes.plan import Plan, Remedy, describe, plan, read_memory, readable
+from jlora.recipes.tasks import TASKS
+
+Difficulty = Literal["simple", "medium", "complex"]
+FEW = 1_000  # examples below which an adapter learns them by heart
+
+
+class Band(NamedTuple):
+    """The ranks of a difficulty.
+
+    Attributes:
+        ranks: low, middle and high.
+        few: examples below which the low one is the start.
+        many: examples from which the high one is.
+    """
+
+    ranks: tuple[int, int, int]
+    few: int
+    many: int
+
+
+BANDS: dict[str, Band] = {
+    "simple": Band((4, 8, 16), few=100, many=5_000),
+    "medium": Band((16, 32, 64), few=5_000, many=50_000),
+    "complex": Band((64, 128, 256), few=50_000, many=500_000),
+}
+# How hard a task is unless it is told, and why.
+KINDS: dict[str, tuple[Difficulty, str]] = {
+    "sequence_classification": ("simple", "one label a text asks for little that the base does not know"),
+    "instruction": ("simple", "answers in one manner, as of one desk, ask for little that the base does not know"),
+    "token_classification": ("medium", "every word is judged, by terms that the base may not know"),
+    "causal_lm": ("medium", "a manner of writing changes what the base does at every word"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A rank to start with; `str()` gives the reasons too.
+
+    Attributes:
+        rank: where to start.
+        low: lowest rank worth trying.
+        high: highest.
+        alpha: to start with.
+        dropout: to start with.
+        reasons: why, sentence by sentence.
+        plan: what a step at `rank` takes; None where memory was not told.
+    """
+
+    rank: int
+    low: int
+    high: int
+    alpha: float
+    dropout: float
+    reasons: tuple[str, ...]
+    plan: Plan | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return asdict(self) | {"plan": None if self.plan is None else self.plan.as_dict()}
+
+    def __str__(self) -> str:
+        first = (
+            f"Start at rank {self.rank}, alpha {self.alpha:g}, dropout {self.dropout:g}; try {self.low} to {self.high}."
+        )
+        return "\n".join([first, *self.reasons])
+
+
+def advise(
+    task: str,
+    *,
+    examples: int,
+    difficulty: Difficulty | None = None,
+    model: str | Path | LoadedModel | None = None,
+    memory: int | str | None = None,
+    **settings: Any,
+) -> Advice:
+    """Says which rank to begin with, in which range to look, and why.
+
+    Args:
+        task: "sequence_classification", "token_classification", "causal_lm" or "instruction".
+        examples: to train on.
+        difficulty: "simple", "medium" or "complex"; None for what the task most often is.
+        model: a folder in Hugging Face form, a name on the hub, or what `load_model` gave: no rank is advised that its
+            kernels have no room for. Of a folder or name config.json alone is read.
+        memory: what there is, in bytes or as "24GB": no rank is advised whose step `jlora.plan` finds too large for it.
+        settings: of the step, as `jlora.plan` takes them: batch_size, sequence, dtype and others.
+
+    Raises:
+        ValueError: an unknown task or difficulty, no examples, memory or settings without a model, or a model of which
+            no step fits.
+    """
+    _check(task, examples, difficulty, model, memory, settings)
+    kind, why = KINDS[task]
+    level = difficulty or kind
+    band = BANDS[level]
+    place = 0 if examples < band.few else 1 if examples < band.many else 2
+    rank, low, high = band.ranks[place], band.ranks[0], band.ranks[-1]
+    cause = "as you say" if difficulty else f"{task}: {why}"
+    amount = ("few", "a middling number", "many")[place]
+    reasons = [
+        f"A {level} task ({cause}): {low} to {high}.",
+        f"{examples:,} examples are {amount} for it: {rank}.",
+    ]
+    planned = None
+    if model is not None:
+        loaded = model if isinstance(model, LoadedModel) else load_model(model, abstract=True)
+        most = _room(loaded)
+        if most < high:
+            low, rank, high = (min(value, _power(most)) for value in (low, rank, high))
+            reasons.append(f"The smallest kernel has room for rank {most}: no more than {high}.")
+        if memory is not None:
+            rank, high, planned, said = _fit(model, read_memory(memory), rank, high, {"task": task, **settings})
+            low = min(low, rank)
+            reasons += said
+    few = examples < FEW
+    reasons += [
+        "So few examples are soon known by heart: dropout, and an eye on the validation loss."
+        if few
+        else "Dropout is for later, should the validation loss rise early.",
+        "Training loss that stalls asks for a higher rank, validation loss that rises early for a lower one; these are "
+        "rules of thumb, and `jlora sweep` measures.",
+    ]
+    return Advice(
+        rank=rank,
+        low=low,
+        high=high,
+        alpha=2.0 * rank,
+        dropout=0.05 if few else 0.0,
+        reasons=tuple(reasons),
+        plan=planned,
+    )
+
+
+def _check(task: str, examples: int, difficulty: Any, model: Any, memory: Any, settings: dict[str, Any]) -> None:
+    wrong = []
+    if task not in TASKS:
+        wrong.append(f"task = {task!r}  nearest: {nearest(task, TASKS, 1)[0]}; known: {', '.join(TASKS)}")
+    if not isinstance(examples, int) or examples < 1:
+        wrong.append(f"examples = {examples!r}  expected: a whole number from 1")
+    if difficulty is not None and difficulty not in BANDS:
+        wrong.append(f"difficulty = {difficulty!r}  known: {', '.join(get_args(Difficulty))}")
+    for name, value in {"memory": memory, **settings}.items():
+        if value is not None and (model is None or (memory is None and name != "memory")):
+            wrong.append(f"{name} = {value!r}  is of no use without {'a model' if model is None else 'a memory'}")
+    if wrong:
+        raise ValueError(complain("advise", "nothing can be advised.", wrong, "correct them."))
+
+
+def _room(loaded: LoadedModel) -> int:
+    """The highest rank that all targeted kernels have room for."""
+    tree = wrap(loaded.params, 1, targets=loaded.model.lora_targets, layout=loaded.model.lora_layout)
+    leaves = flatten(tree)
+    return min(min(fans(leaves[path].shape, layout)) for path, layout in kernels("advise", tree).items())
+
+
+def _power(number: int) -> int:
+    """The largest power of two that is not above a number."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _fit(
+    model: str | Path | LoadedModel, memory: int, rank: int, high: int, settings: dict[str, Any]
+) -> tuple[int, int, Plan, list[str]]:
+    """The rank and the highest one that fit, the plan at the first, and what is to be said of it.
+
+    Raises:
+        ValueError: not even rank 1 fits.
+    """
+    ranks = [high >> n for n in range(high.bit_length())]
+    # Without a memory a plan is one compile; what would make a step fit is looked for once.
+    sizes = {tried: plan(model, **{**settings, "rank": tried}).total_bytes for tried in ranks if tried >= rank}
+    lower = (tried for tried in ranks if tried < rank)
+    while min(sizes.values()) > memory and (tried := next(lower, None)):
+        sizes[tried] = plan(model, **{**settings, "rank": tried}).total_bytes
+    fitting = [tried for tried, size in sizes.items() if size <= memory]
+    if not fitting or rank not in fitting:
+        missed = plan(model, memory=memory, **{**settings, "rank": rank if fitting else 1})
+        ways = [describe(remedy) for remedy in missed.remedies if not fitting or "rank" not in remedy.changes]
+    if not fitting:
+        problem = f"no rank fits in {readable(memory)}: rank 1 takes {readable(sizes[1])}."
+        ways = ways or [f"the least is {_least(missed.least)}"]
+        raise ValueError(complain("advise", problem, ways, "change what is listed, or take more memory."))
+    start = max(tried for tried in fitting if tried <= rank)
+    said = [f"In {readable(memory)} no step above rank {fitting[0]} fits."] if fitting[0] < high else []
+    said += [f"Rank {rank} would fit with {', or '.join(ways)}."] if start < rank and ways else []
+    said.append(f"A step at rank {start} takes {readable(sizes[start])} of {readable(memory)}.")
+    return start, fitting[0], plan(model, memory=memory, **{**settings, "rank": start}), said
+
+
+def _least(remedy: Remedy | None) -> str:
+    return "not known" if remedy is None else describe(remedy)
