@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from step_methods import Case, _random_params
 from rich.console import Console
 from rich.table import Table
 from step import describe, receive, stop
+from step_methods import Case, _random_params
 
 PROMPT = 16
 RANK = 8

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from step_methods import METHODS, SIZES, Case, Method, matmul_peak
 from rich.console import Console
 from rich.table import Table
+from step_methods import METHODS, SIZES, Case, Method, matmul_peak
 
 REFERENCES = ("full", "merge", "qwix", "peft")
 DEFAULTS = {"small": tuple(METHODS), "7b": ("merge", "qwix", "peft", "jlora_scan")}
