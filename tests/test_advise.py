@@ -59,14 +59,14 @@ def test_no_rank_is_advised_that_a_kernel_has_no_room_for(tiny):
 
 
 def test_memory_lowers_the_rank_to_one_whose_step_the_plan_finds_to_fit(tiny):
-    rest = {"sequence": 16, "dtype": "bfloat16", "remat": True}
-    sizes = {rank: plan(tiny, rank=rank, task="causal_lm", **rest).total_bytes for rank in (8, 4)}
-    assert sizes[4] < sizes[8]
-    tight = advise("causal_lm", examples=154, model=tiny, memory=sizes[4], **rest)
-    assert (tight.rank, tight.high, tight.plan.total_bytes) == (4, 4, sizes[4])
-    assert tight.plan.fits and tight.plan.settings.sequence == 16
+    rest = {"sequence": 16, "remat": True}
+    room = plan(tiny, rank=4, task="causal_lm", **rest).total_bytes
+    tight = advise("causal_lm", examples=154, model=tiny, memory=room, **rest)
+    assert (tight.rank, tight.high, tight.step_bytes) == (4, 4, room)
     assert "no step above rank 4 fits" in str(tight)
-    with pytest.raises(ValueError, match=r"advise: no rank fits in 0.00 MB: rank 1 takes .*\n  the least(.|\n)*Fix:"):
+    with pytest.raises(
+        ValueError, match=r"advise: no step fits in 0.00 MB, not even at rank 1.\n  the least(.|\n)*Fix:"
+    ):
         advise("causal_lm", examples=154, model=tiny, memory=1_000, **rest)
 
 
@@ -85,7 +85,8 @@ def test_the_command_says_the_same_and_reads_a_job(tiny, tmp_path, capsys):
     (tmp_path / "job.toml").write_text(job + '[optimisation]\nbatch_size = 2\n[output]\nfolder = "run"\n')
     assert main(["advise", "--config", str(tmp_path / "job.toml"), "--memory", "1GB", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["rank"] == 8 and found["plan"]["settings"]["batch_size"] == 2
+    step = plan(tiny, rank=8, batch_size=2, sequence=32, scan=False)
+    assert found["rank"] == 8 and found["step_bytes"] == step.total_bytes
     assert any("18 examples" in reason for reason in found["reasons"])
     assert main(["advise", "--task", "causal_lm"]) == 2
     assert "too little is known.\n  --examples\nFix:" in capsys.readouterr().err

@@ -4,7 +4,7 @@ The bands are the habits of the field: 4 to 16 for simple tasks, 16 to 64 for me
 few data take the low end and many the high one. `jlora.sweep` measures what this guesses.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -13,7 +13,7 @@ from jlora.core.layouts import fans
 from jlora.core.paths import flatten
 from jlora.core.tree import kernels, wrap
 from jlora.interop.huggingface import LoadedModel, load_model
-from jlora.recipes.plan import Plan, Remedy, describe, plan, read_memory, readable
+from jlora.recipes.plan import Planner, Settings, check, describe, read_memory, readable
 from jlora.recipes.tasks import TASKS
 
 Difficulty = Literal["simple", "medium", "complex"]
@@ -59,7 +59,7 @@ class Advice:
         alpha: to start with.
         dropout: to start with.
         reasons: why, sentence by sentence.
-        plan: what a step at `rank` takes; None where memory was not told.
+        step_bytes: what a step at `rank` takes; None where memory was not told.
     """
 
     rank: int
@@ -68,11 +68,11 @@ class Advice:
     alpha: float
     dropout: float
     reasons: tuple[str, ...]
-    plan: Plan | None = None
+    step_bytes: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, for JSON."""
-        return asdict(self) | {"plan": None if self.plan is None else self.plan.as_dict()}
+        return asdict(self)
 
     def __str__(self) -> str:
         first = (
@@ -117,7 +117,7 @@ def advise(
         f"A {level} task ({cause}): {low} to {high}.",
         f"{examples:,} examples are {amount} for it: {rank}.",
     ]
-    planned = None
+    size = None
     if model is not None:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, abstract=True)
         most = _room(loaded)
@@ -125,7 +125,8 @@ def advise(
             low, rank, high = (min(value, _power(most)) for value in (low, rank, high))
             reasons.append(f"The smallest kernel has room for rank {most}: no more than {high}.")
         if memory is not None:
-            rank, high, planned, said = _fit(model, read_memory(memory), rank, high, {"task": task, **settings})
+            wanted = Settings(task=task, **settings)  # type: ignore[arg-type]
+            rank, high, size, said = _fit(loaded, read_memory(memory), rank, high, wanted)
             low = min(low, rank)
             reasons += said
     few = examples < FEW
@@ -143,7 +144,7 @@ def advise(
         alpha=2.0 * rank,
         dropout=0.05 if few else 0.0,
         reasons=tuple(reasons),
-        plan=planned,
+        step_bytes=size,
     )
 
 
@@ -174,34 +175,28 @@ def _power(number: int) -> int:
     return 1 << (number.bit_length() - 1)
 
 
-def _fit(
-    model: str | Path | LoadedModel, memory: int, rank: int, high: int, settings: dict[str, Any]
-) -> tuple[int, int, Plan, list[str]]:
-    """The rank and the highest one that fit, the plan at the first, and what is to be said of it.
+def _fit(loaded: LoadedModel, memory: int, rank: int, high: int, wanted: Settings) -> tuple[int, int, int, list[str]]:
+    """The rank and the highest one that fit, the bytes of a step at the first, and what is to be said of it.
 
     Raises:
-        ValueError: not even rank 1 fits.
+        ValueError: settings that can't be planned with; not even rank 1 fits.
     """
+    check(wanted, loaded)
+    planner = Planner(loaded, memory)
+    at = lambda rank: replace(wanted, rank=rank)
     ranks = [high >> n for n in range(high.bit_length())]
-    # Without a memory a plan is one compile; what would make a step fit is looked for once.
-    sizes = {tried: plan(model, **{**settings, "rank": tried}).total_bytes for tried in ranks if tried >= rank}
-    lower = (tried for tried in ranks if tried < rank)
-    while min(sizes.values()) > memory and (tried := next(lower, None)):
-        sizes[tried] = plan(model, **{**settings, "rank": tried}).total_bytes
-    fitting = [tried for tried, size in sizes.items() if size <= memory]
-    if not fitting or rank not in fitting:
-        missed = plan(model, memory=memory, **{**settings, "rank": rank if fitting else 1})
-        ways = [describe(remedy) for remedy in missed.remedies if not fitting or "rank" not in remedy.changes]
-    if not fitting:
-        problem = f"no rank fits in {readable(memory)}: rank 1 takes {readable(sizes[1])}."
-        ways = ways or [f"the least is {_least(missed.least)}"]
+    highest = next((tried for tried in ranks if planner.fits(at(tried))), None)
+    if highest is None:
+        remedies, least = planner.remedies(at(1))
+        ways = [describe(remedy) for remedy in remedies]
+        ways += [f"the least is {describe(least)}"] if least else []
+        problem = f"no step fits in {readable(memory)}, not even at rank 1."
         raise ValueError(complain("advise", problem, ways, "change what is listed, or take more memory."))
-    start = max(tried for tried in fitting if tried <= rank)
-    said = [f"In {readable(memory)} no step above rank {fitting[0]} fits."] if fitting[0] < high else []
-    said += [f"Rank {rank} would fit with {', or '.join(ways)}."] if start < rank and ways else []
-    said.append(f"A step at rank {start} takes {readable(sizes[start])} of {readable(memory)}.")
-    return start, fitting[0], plan(model, memory=memory, **{**settings, "rank": start}), said
-
-
-def _least(remedy: Remedy | None) -> str:
-    return "not known" if remedy is None else describe(remedy)
+    start = min(rank, highest)
+    said = [f"In {readable(memory)} no step above rank {highest} fits."] if highest < high else []
+    if start < rank:
+        ways = [describe(remedy) for remedy in planner.remedies(at(rank))[0] if "rank" not in remedy.changes]
+        said += [f"Rank {rank} would fit with {', or '.join(ways)}."] if ways else []
+    size = planner.total(at(start))
+    said.append(f"A step at rank {start} takes {readable(size)} of {readable(memory)}.")
+    return start, highest, size, said
