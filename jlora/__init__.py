@@ -1,6 +1,7 @@
 """LoRA fine-tuning for JAX and Flax as two pure functions on parameter trees and on the functions that read them."""
 
 from jlora.core.adapt import adapt, infer_layout
+from jlora.core.spectrum import Spectrum, allocate, gradient_norms, resize, spectrum
 from jlora.core.targets import Rule
 from jlora.core.tree import Summary, attach, extract, join, mask, merge, split, summary, unwrap, wrap
 from jlora.interop.huggingface import LoadedModel, load_model, save_model
@@ -21,15 +22,18 @@ __all__ = [
     "PeftModule",
     "Plan",
     "Rule",
+    "Spectrum",
     "Summary",
     "SweepResult",
     "TrainState",
     "adapt",
     "advise",
+    "allocate",
     "attach",
     "cross_entropy",
     "extract",
     "generate",
+    "gradient_norms",
     "infer_layout",
     "join",
     "load_model",
@@ -39,10 +43,12 @@ __all__ = [
     "merge",
     "optimizer",
     "plan",
+    "resize",
     "restore_adapter",
     "save_adapter",
     "save_model",
     "save_peft",
+    "spectrum",
     "split",
     "stream",
     "summary",
