@@ -20,7 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -48,11 +48,27 @@ DATA = HERE.parents[1] / "shared/data"
 HEAD_RATE = 1e-2
 # Chosen with --rates on the validation rows, by the loss.
 RATES = {
-    "minilm": {"full": 3e-4, "houlsby-64": 1e-3, "houlsby-8": 3e-3, "prefix": 1e-2, "prompt": 3e-2, "lora": 3e-3},
-    "stories": {"full": 1e-3, "houlsby-64": 3e-3, "houlsby-8": 3e-3, "prefix": 1e-2, "prompt": 3e-2, "lora": 3e-3},
+    "minilm": {
+        "base": HEAD_RATE,
+        "full": 3e-4,
+        "houlsby-64": 1e-3,
+        "houlsby-8": 3e-3,
+        "prefix": 1e-2,
+        "prompt": 3e-2,
+        "lora": 3e-3,
+    },
+    "stories": {
+        "base": HEAD_RATE,
+        "full": 1e-3,
+        "houlsby-64": 3e-3,
+        "houlsby-8": 3e-3,
+        "prefix": 1e-2,
+        "prompt": 3e-2,
+        "lora": 3e-3,
+    },
 }
 NAMES = {
-    "base": "base",
+    "base": "the base",
     "full": "full fine-tuning",
     "houlsby-64": "Houlsby adapters, 64",
     "houlsby-8": "Houlsby adapters, 8",
@@ -69,8 +85,8 @@ class Options:
 
     model: Literal["minilm", "stories"] = "minilm"
     """MiniLM and examples/faq, or stories260K and sonnets."""
-    methods: tuple[Literal["full", "houlsby-64", "houlsby-8", "prefix", "prompt", "lora"], ...] = tuple(METHODS)
-    """What to compare."""
+    methods: tuple[Literal["base", "full", "houlsby-64", "houlsby-8", "prefix", "prompt", "lora"], ...] = tuple(METHODS)
+    """What to compare; the base is always there, to compare with."""
     epochs: int | None = None
     """Passes over the training rows: 3 for minilm and 10 for stories unless given."""
     rates: tuple[float, ...] = ()
@@ -138,10 +154,9 @@ WORKS: dict[str, Callable[[Options], Work]] = {"minilm": minilm, "stories": stor
 def main(options: Options) -> None:
     load = os.getloadavg()[0]
     work = WORKS[options.model](options)
-    base = METHODS["full"](work.model, work.params, jax.random.key(options.seed))
-    rows: dict[str, dict[str, Any]] = {"base": {"flops": forward_flops(base, *one_row(work))}}
-    ready = {"base": base}
-    for name in options.methods:
+    rows: dict[str, dict[str, Any]] = {}
+    ready: dict[str, Method] = {}
+    for name in dict.fromkeys(("base", *options.methods)):
         rows[name], ready[name] = run(name, work, options)
         print(f"{name}: {json.dumps(rows[name])}", flush=True)
     if "lora" in ready:
@@ -177,6 +192,8 @@ def train(name: str, work: Work, options: Options, rate: float) -> tuple[Method,
     batches = training_batches(work.rows["train"], **work.shapes, seed=options.seed)
     tx = optimizer(method, rate, HEAD_RATE, len(batches) * epochs)
     trained, frozen = method.split()
+    if not trained:
+        return method, dict.fromkeys(("trained", "share", "head", "optimizer_bytes", "temp_bytes", "steps"), 0)
     step, state = make_train_step(loss_fn(method), tx), TrainState.create(trained, tx, jax.random.key(options.seed))
     head = sum(leaf.size for path, leaf in flatten(trained).items() if re.fullmatch(method.head, path))
     total = sum(leaf.size for leaf in jax.tree.leaves(work.params)) - head
@@ -193,7 +210,7 @@ def train(name: str, work: Work, options: Options, rate: float) -> tuple[Method,
     facts["temp_bytes"] = max(made.memory_analysis().temp_size_in_bytes for made in compiled.values())
     facts |= {"steps": len(losses), "train_loss": float(np.mean(losses[-10:])), "seconds": time.perf_counter() - start}
     tree = join(state.adapters, frozen)
-    return Method(tree, method.trains, method.head, method.apply), facts
+    return replace(method, tree=tree), facts
 
 
 def judged(method: Method, work: Work) -> dict[str, Any]:
@@ -221,7 +238,7 @@ def score(method: Method, tree: Tree, rows: Sequence[Row], **shapes: int) -> dic
 
 def write_adapter(method: Method, path: Path) -> int:
     """Writes what has to be kept beside the base, and beside a new head; gives the bytes of the file."""
-    leaves = flatten(method.split()[0] if method.split()[0] else method.tree)
+    leaves = flatten(method.tree if method.whole else method.split()[0])
     save_file({name: np.asarray(leaf) for name, leaf in leaves.items() if not re.fullmatch(method.head, name)}, path)
     return path.stat().st_size
 
@@ -305,8 +322,6 @@ def markdown(report: dict[str, Any]) -> str:
 
 def cells(name: str, row: dict[str, Any], report: dict[str, Any]) -> list[str]:
     cost = [f"{row['forward']:.2f}", f"{row['flops'] / report['methods']['base']['flops']:.3f}"]
-    if name == "base":
-        return [NAMES[name], *["-"] * 6, *cost, "-"]
     sizes = [f"{row[part] / 1e6:,.2f}" for part in ("optimizer_bytes", "temp_bytes", "disk_bytes")]
     share = f"{100 * row['share']:.2f}"
     return [
@@ -329,12 +344,17 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5))
     for name, row in report["methods"].items():
-        # Merging changes neither.
-        if name in ("base", "merged"):
+        # Merging changes neither, and nothing has no place on a logarithmic axis.
+        if name == "merged" or not row["trained"]:
             continue
         point = row["trained"], row[report["measure"]]
         axes.plot(*point, "o", color="tab:orange" if name == "lora" else "tab:gray", markersize=8)
         axes.annotate(NAMES[name], point, xytext=(0, 9), textcoords="offset points", ha="center")
+    base = report["methods"]["base"][report["measure"]]
+    axes.axhline(base, color="tab:gray", linestyle="--", linewidth=1)
+    axes.annotate(
+        NAMES["base"], (0.01, base), xycoords=("axes fraction", "data"), xytext=(0, 4), textcoords="offset points"
+    )
     axes.set_xscale("log")
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("parameters trained, without the head")

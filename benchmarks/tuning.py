@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -85,17 +85,24 @@ class Method:
         trains: pattern of the paths that train; a new head trains too.
         head: pattern of the paths of that.
         apply: `apply(tree, input_ids, attention_mask)` gives what the model gives, for the text's own tokens.
+        whole: what is kept is the whole model, whatever of it trained.
     """
 
     tree: Tree
     trains: str
     head: str
     apply: Callable[[Tree, Any, Any], Any]
+    whole: bool = False
 
     def split(self) -> tuple[Tree, Tree]:
         """What trains, and the rest."""
         pattern = f"{self.trains}|{self.head}"
         return partition(self.tree, lambda path, _: re.fullmatch(pattern, path) is not None)
+
+
+def base(model: nn.Module, params: Tree, key: Any) -> Method:
+    """The model as it is; a new head trains."""
+    return make(model, params, trains=NOTHING)
 
 
 def full(model: nn.Module, params: Tree, key: Any) -> Method:
@@ -167,17 +174,23 @@ PARTS = ("keys", "values")
 
 def keys_and_values(model: nn.Module, params: Tree, ids: Any) -> Tree:
     """What the keys' and values' projections of every layer give for one row of tokens: (tokens, features) each."""
-    sites, found = sites_of(model), {}
+    sites = sites_of(model)
 
-    def listen(_: Tree, call: Call) -> Any:
-        y = call.go()
-        parent, _, name = call.path.rpartition("/")
-        if re.fullmatch(sites.attention, parent) and name in (sites.key, sites.value):
-            found.setdefault(parent, {})["keys" if name == sites.key else "values"] = y[0]
-        return y
+    @jax.jit
+    def listen(params: Tree, ids: Any) -> Tree:
+        found: Tree = {}
 
-    intercepted(model, listen, {"model": params, "added": {}}, ids, jnp.ones_like(ids))
-    return found
+        def note(_: Tree, call: Call) -> Any:
+            y = call.go()
+            parent, _, name = call.path.rpartition("/")
+            if re.fullmatch(sites.attention, parent) and name in (sites.key, sites.value):
+                found.setdefault(parent, {})["keys" if name == sites.key else "values"] = y[0]
+            return y
+
+        intercepted(model, note, {"model": params, "added": {}}, ids, jnp.ones_like(ids))
+        return found
+
+    return listen(params, ids)
 
 
 def rows(leaf: Any, like: Any) -> Any:
@@ -224,10 +237,11 @@ def lora(model: nn.Module, params: Tree, key: Any, *, rank: int = RANK) -> Metho
 
 def merged(model: nn.Module, tree: Tree) -> Method:
     """What `lora` has learnt, in the base's own kernels; there is nothing left to train."""
-    return make(model, jlora.merge(tree["model"]), trains=NOTHING)
+    return replace(base(model, jlora.merge(tree["model"]), None), whole=True)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
+    "base": base,
     "full": full,
     "houlsby-64": functools.partial(houlsby, width=64),
     "houlsby-8": functools.partial(houlsby, width=8),

@@ -1,14 +1,17 @@
 """The ways to fine-tune that `benchmarks/methods.py` compares: each is what its paper says, and trains that alone."""
 
+import dataclasses
+import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+import tiny_job
 from safetensors.numpy import load_file
 
 from jlora.core.paths import flatten
@@ -24,6 +27,8 @@ import tuning
 
 LAYERS, WIDTH, INNER, VOCABULARY, LABELS, TOKENS = 2, 16, 24, 40, 3, 4
 KINDS = ("bert", "decoder")
+
+quick = tiny_job.quick
 
 
 def make_model(kind):
@@ -42,7 +47,7 @@ def make_model(kind):
             initializer_range=0.3,
         )
         model = Bert(config, head="classification", pooling="mean", num_labels=LABELS)
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -70,8 +75,25 @@ def batch_for(kind):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "weights": weights}
 
 
-def make(name, models, kind):
-    return tuning.METHODS[name](*models[kind], jax.random.key(3))
+TRAINED = [name for name in tuning.METHODS if name != "base"]
+
+
+@pytest.fixture(scope="module")
+def made(models):
+    """Every method on every model."""
+    return {
+        (kind, name): build(*models[kind], jax.random.key(3))
+        for kind in KINDS
+        for name, build in tuning.METHODS.items()
+    }
+
+
+def run(method, ids, mask, tree=None):
+    return jax.jit(method.apply)(method.tree if tree is None else tree, ids, mask)
+
+
+def run_base(model, params, ids, mask):
+    return jax.jit(model.apply)({"params": params}, ids, mask)
 
 
 def close(left, right):
@@ -86,11 +108,11 @@ def sizes(tree, pattern):
     return sum(leaf.size for path, leaf in flatten(tree).items() if re.fullmatch(pattern, path))
 
 
-@pytest.mark.parametrize("name", ["full", "houlsby-64", "houlsby-8", "lora"])
-def test_a_method_that_begins_neutral_begins_as_the_base(name, models, kind):
+@pytest.mark.parametrize("name", ["base", "full", "houlsby-8", "lora"])
+def test_a_method_that_begins_neutral_begins_as_the_base(made, name, models, kind):
     model, params = models[kind]
-    method, (ids, mask) = make(name, models, kind), texts()
-    close(method.apply(method.tree, ids, mask), model.apply({"params": params}, ids, mask))
+    method, (ids, mask) = made[kind, name], texts()
+    close(run(method, ids, mask), run_base(model, params, ids, mask))
 
 
 def test_a_bottleneck_stands_between_the_projection_and_the_sum(models):
@@ -105,15 +127,15 @@ def test_a_bottleneck_stands_between_the_projection_and_the_sum(models):
         "up": {"kernel": rng.normal(size=(5, WIDTH)), "bias": rng.normal(size=WIDTH)},
     }
     added = method.tree["added"] | {last: jax.tree.map(jnp.asarray, adapter)}
-    out = method.apply({**method.tree, "added": added}, ids, mask)
+    out = run(method, ids, mask, {**method.tree, "added": added})
 
-    _, kept = model.apply({"params": params}, ids, mask, capture_intermediates=True)
+    _, kept = jax.jit(partial(model.apply, capture_intermediates=True))({"params": params}, ids, mask)
     layer = kept["intermediates"]["encoder"][f"layer_{LAYERS - 1}"]
     y, residual = (np.asarray(layer[part]["__call__"][0], float) for part in ("intermediate", "attention"))
     own = params["encoder"][f"layer_{LAYERS - 1}"]["output"]
     y = y @ np.asarray(own["dense"]["kernel"], float) + np.asarray(own["dense"]["bias"], float)
     inner = y @ adapter["down"]["kernel"] + adapter["down"]["bias"]
-    erf = np.vectorize(__import__("math").erf)
+    erf = np.vectorize(math.erf)
     y = y + 0.5 * inner * (1 + erf(inner / 2**0.5)) @ adapter["up"]["kernel"] + adapter["up"]["bias"]
     y = residual + y
     y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + model.config.layer_norm_eps)
@@ -127,8 +149,8 @@ def test_a_prompt_of_real_words_is_those_words_before_the_text(models, kind):
     table = flatten(params)[f"{tuning.sites_of(model).words}/embedding"]
     tree = {**method.tree, "added": {"embedding": table[words[0]]}}
     whole = jnp.concatenate([words, ids], 1), jnp.concatenate([jnp.ones_like(words), mask], 1)
-    expected = model.apply({"params": params}, *whole)
-    close(method.apply(tree, ids, mask), expected if kind == "bert" else expected[:, TOKENS:])
+    expected = run_base(model, params, *whole)
+    close(run(method, ids, mask, tree), expected if kind == "bert" else expected[:, TOKENS:])
 
 
 def test_a_prefix_of_the_keys_and_values_of_real_words_is_those_words(models, kind):
@@ -150,21 +172,21 @@ def test_a_prefix_of_the_keys_and_values_of_real_words_is_those_words(models, ki
         for pair in added.values():
             pair["keys"] = join_heads(rotate(split_heads(pair["keys"][None], config.kv_heads), rope))[0]
     assert jax.tree.structure(added) == jax.tree.structure(method.tree["added"])
-    expected = model.apply({"params": params}, whole, jnp.ones_like(whole))
+    expected = run_base(model, params, whole, jnp.ones_like(whole))
     expected = expected[:, : ids.shape[1]] if kind == "bert" else expected[:, TOKENS:]
-    close(method.apply({**method.tree, "added": added}, ids, mask), expected)
+    close(run(method, ids, mask, {**method.tree, "added": added}), expected)
 
 
-def test_padding_sees_no_difference_where_there_is_a_prefix_or_a_prompt(models, kind):
+def test_padding_sees_no_difference_where_there_is_a_prefix_or_a_prompt(made, kind):
     for name in ("prefix", "prompt"):
-        method, (ids, mask) = make(name, models, kind), texts()
-        full, cut = (method.apply(method.tree, ids[:1, :time], mask[:1, :time]) for time in (9, 6))
+        method, (ids, mask) = made[kind, name], texts()
+        full, cut = (run(method, ids[:1, :time], mask[:1, :time]) for time in (9, 6))
         close(full if kind == "bert" else full[:, :6], cut)
 
 
-@pytest.mark.parametrize("name", tuning.METHODS)
-def test_each_method_learns_and_leaves_the_rest_bit_identical(name, models, kind):
-    method, batch = make(name, models, kind), batch_for(kind)
+@pytest.mark.parametrize("name", TRAINED)
+def test_each_method_learns_and_leaves_the_rest_bit_identical(name, made, kind):
+    method, batch = made[kind, name], batch_for(kind)
     trained, frozen = method.split()
     before, start = raw(frozen), raw(trained)
     tx = tuning.optimizer(method, 1e-2, 1e-2, 40)
@@ -184,26 +206,26 @@ def test_each_method_learns_and_leaves_the_rest_bit_identical(name, models, kind
     assert jax.tree.structure(tree) == jax.tree.structure(method.tree)
 
 
-def test_a_new_head_trains_in_every_method_at_a_rate_of_its_own(models):
-    for name in tuning.METHODS:
-        method = make(name, models, "bert")
+def test_a_new_head_trains_in_every_method_at_a_rate_of_its_own(made):
+    for name in TRAINED:
+        method = made["bert", name]
         trained, _ = method.split()
         assert sizes(trained, method.head) == WIDTH * LABELS + LABELS
         tx = tuning.optimizer(method, 1e-3, 5e-2, 10)
-        grads, state = jax.tree.map(jnp.ones_like, trained), tx.init(trained)
+        grads, state, update = jax.tree.map(jnp.ones_like, trained), tx.init(trained), jax.jit(tx.update)
         for _ in range(2):
-            updates, state = tx.update(grads, state, trained)
+            updates, state = update(grads, state, trained)
         flat = flatten(updates)
         head, own = (
-            [float(jnp.abs(flat[path]).max()) for path in flat if bool(re.fullmatch(method.head, path)) is out]
+            [float(np.abs(flat[path]).max()) for path in flat if bool(re.fullmatch(method.head, path)) is out]
             for out in (True, False)
         )
         np.testing.assert_allclose(max(head) / max(own), 50, rtol=1e-5)
 
 
-def test_what_is_trained_agrees_with_arithmetic(models, kind):
+def test_what_is_trained_agrees_with_arithmetic(made, models, kind):
     d, square = WIDTH, (2 if kind == "decoder" else 4)
-    counts = {name: make(name, models, kind).split()[0] for name in tuning.METHODS}
+    counts = {name: made[kind, name].split()[0] for name in tuning.METHODS}
     # Square kernels; the decoder's keys and values have half the heads. Then the feed-forward's.
     narrow = 2 * (d + d // 2) * 8 if kind == "decoder" else 0
     feed_forward = (3 if kind == "decoder" else 2) * (d + INNER) * 8
@@ -220,20 +242,20 @@ def test_what_is_trained_agrees_with_arithmetic(models, kind):
     assert sizes(counts["full"], ".*") == sum(leaf.size for leaf in jax.tree.leaves(models[kind][1]))
 
 
-def test_a_bottleneck_of_64_has_eight_times_the_parameters_of_lora_at_a_square_kernel(models):
+def test_a_bottleneck_of_64_has_eight_times_the_parameters_of_lora_at_a_square_kernel(made):
     site = "encoder/layer_0/attention/output/dense"
-    houlsby, lora = (flatten(make(name, models, "bert").tree) for name in ("houlsby-64", "lora"))
+    houlsby, lora = (flatten(made["bert", name].tree) for name in ("houlsby-64", "lora"))
     wide = sum(leaf.size for path, leaf in houlsby.items() if re.fullmatch(f"added/{site}/.*/kernel", path))
     narrow = sum(leaf.size for path, leaf in lora.items() if re.fullmatch(f"model/{site}/kernel_lora_[ab]", path))
     assert wide == 8 * narrow == 2 * WIDTH * 64
 
 
-def test_merged_lora_costs_the_bases_forward_pass_and_every_other_addition_more(models, kind):
+def test_merged_lora_costs_the_bases_forward_pass_and_every_other_addition_more(made, models, kind):
     ids, mask = texts()
-    base = methods.forward_flops(make("full", models, kind), ids, mask)
-    cost = {name: methods.forward_flops(make(name, models, kind), ids, mask) for name in tuning.METHODS}
+    cost = {name: methods.forward_flops(made[kind, name], ids, mask) for name in tuning.METHODS}
+    base = cost["base"]
     model, _ = models[kind]
-    method = tuning.merged(model, turned(make("lora", models, kind)).tree)
+    method = tuning.merged(model, turned(made[kind, "lora"]).tree)
     assert methods.forward_flops(method, ids, mask) == base == cost["full"]
     assert all(cost[name] > base for name in ("houlsby-64", "houlsby-8", "prefix", "prompt", "lora"))
     assert cost["houlsby-64"] > cost["houlsby-8"]
@@ -244,21 +266,21 @@ def turned(method):
     tree = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf + 0.1 if path[-1].key.endswith("_lora_b") else leaf, method.tree
     )
-    return tuning.Method(tree, method.trains, method.head, method.apply)
+    return dataclasses.replace(method, tree=tree)
 
 
-def test_merged_lora_gives_what_lora_gives(models, kind):
-    method, (ids, mask) = turned(make("lora", models, kind)), texts()
+def test_merged_lora_gives_what_lora_gives(made, models, kind):
+    method, (ids, mask) = turned(made[kind, "lora"]), texts()
     merged = tuning.merged(models[kind][0], method.tree)
-    base = models[kind][0].apply({"params": models[kind][1]}, ids, mask)
-    out = method.apply(method.tree, ids, mask)
+    base = run_base(*models[kind], ids, mask)
+    out = run(method, ids, mask)
     assert np.abs(out - base).max() > 1e-2
-    close(merged.apply(merged.tree, ids, mask), out)
+    close(run(merged, ids, mask), out)
 
 
-def test_what_is_written_is_what_a_method_adds_to_the_base(models, kind, tmp_path):
-    for name in ("houlsby-8", "prompt", "lora", "full"):
-        method = make(name, models, kind)
+def test_what_is_written_is_what_a_method_adds_to_the_base(made, kind, tmp_path):
+    for name in TRAINED:
+        method = made[kind, name]
         size = methods.write_adapter(method, tmp_path / "adapter.safetensors")
         stored = load_file(tmp_path / "adapter.safetensors")
         trained = flatten(method.split()[0])
@@ -267,24 +289,31 @@ def test_what_is_written_is_what_a_method_adds_to_the_base(models, kind, tmp_pat
         assert size == (tmp_path / "adapter.safetensors").stat().st_size
 
 
-def test_the_score_is_over_all_rows_and_targets(models, kind):
+def test_a_merged_model_is_written_whole(models, made, kind, tmp_path):
+    method = tuning.merged(models[kind][0], made[kind, "lora"].tree)
+    methods.write_adapter(method, tmp_path / "merged.safetensors")
+    stored = {path.removeprefix("model/") for path in load_file(tmp_path / "merged.safetensors")}
+    assert stored == {path for path in flatten(models[kind][1]) if not path.startswith("classifier")}
+
+
+def test_the_score_is_over_all_rows_and_targets(made, kind):
     """Oracle: NumPy, row by row without padding."""
     from jlora.recipes.batches import Row
 
     rng = np.random.default_rng(5)
     rows = []
-    for length in (3, 17, 20, 5, 30):
+    for length in (3, 17, 17, 3, 17):
         ids = rng.integers(1, VOCABULARY, length).astype(np.int32)
         targets = np.array(length % LABELS) if kind == "bert" else np.roll(ids, -1)
         weights = np.ones(targets.shape, np.float32)
         if kind == "decoder":
             weights[-1] = 0
         rows.append(Row(ids, targets.astype(np.int32), weights))
-    method = make("full", models, kind)
+    method = made[kind, "full"]
     found = methods.score(method, method.tree, rows, batch_size=2, max_length=32, pad_id=0)
     losses, right = [], []
     for row in rows:
-        logits = np.asarray(method.apply(method.tree, row.ids[None], np.ones_like(row.ids)[None]), float)[0]
+        logits = np.asarray(run(method, row.ids[None], np.ones_like(row.ids)[None]), float)[0]
         logits, targets = logits.reshape(-1, logits.shape[-1]), row.targets.reshape(-1)
         chosen = row.weights.reshape(-1) > 0
         loss = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(targets)), targets]
@@ -294,12 +323,11 @@ def test_the_score_is_over_all_rows_and_targets(models, kind):
     close(found["accuracy"], np.mean(right))
 
 
-def test_the_optimizer_keeps_two_moments_of_what_trains(models, kind):
+def test_the_optimizer_keeps_two_moments_of_what_trains(made, kind):
     for name in tuning.METHODS:
-        method = make(name, models, kind)
+        method = made[kind, name]
         trained, _ = method.split()
         state = tuning.optimizer(method, 1e-3, 1e-2, 10).init(trained)
         counters = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 0]
         moments = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(trained))
         assert methods.bytes_of(state) == moments + sum(leaf.nbytes for leaf in counters)
-        assert isinstance(tuning.optimizer(method, 1e-3, 1e-2, 10), optax.GradientTransformation)
