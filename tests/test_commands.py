@@ -143,6 +143,27 @@ def test_inspect_tells_of_every_kernel_what_float64_numpy_does(trained, models, 
     assert all(path in shown for path in told)
 
 
+def test_inspect_draws_what_an_adapter_used_of_its_rank_and_says_it(trained, capsys):
+    folder = trained["causal_lm"]
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--spectrum", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    leaves = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(runs.load_run(folder).params).items()}
+    for target in found["targets"]:
+        a, b, scaling = (leaves[target["path"] + affix] for affix in ("_lora_a", "_lora_b", "_lora_scaling"))
+        values = np.linalg.svd(scaling * a @ b, compute_uv=False)[:4]
+        shares, energy = values / values.sum(), np.cumsum(values**2) / np.sum(values**2)
+        used = target["used"]
+        np.testing.assert_allclose(used["singular_values"], values, rtol=1e-5)
+        assert used["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+        assert [used["rank_90"], used["rank_99"]] == [1 + np.sum(energy < share) for share in (0.9, 0.99)]
+    assert (folder / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", str(folder), "--spectrum"]) == 0
+    assert "effective rank" in capsys.readouterr().out
+    assert main(["inspect", str(folder)]) == 0
+    assert "effective rank" not in capsys.readouterr().out
+
+
 def stand_ins(folder: Path, models: dict, trained: dict) -> dict[str, str]:
     """What the words of the documents stand for here."""
     return {

@@ -1,11 +1,15 @@
 """`jlora inspect`, `jlora merge` and `jlora export`: what can be done with an adapter that is there."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from jlora.core.errors import complain
 from jlora.core.paths import Tree, map_with_path
@@ -13,23 +17,58 @@ from jlora.core.tree import adapter_leaf
 from jlora.core.tree import merge as fold
 from jlora.interop.huggingface import save_model
 from jlora.interop.peft import save_peft
-from jlora.recipes.inspection import describe_adapter, load_adapted
+from jlora.recipes.inspection import Description, Target, describe_adapter, load_adapted
+from jlora.recipes.runs import SPECTRUM
 
 
-def inspect(folder: Path, *, model: str | None, as_json: bool) -> None:
+def inspect(folder: Path, *, model: str | None, spectrum: bool, as_json: bool) -> None:
     """Prints what an adapter's folder holds.
 
     Args:
         folder: of a training run, of `save_adapter`, or of PEFT.
         model: folder or hub name of the base, to hold the updates against its kernels.
+        spectrum: say how much of its rank each adapter used, and draw it into the folder.
         as_json: print one JSON object.
 
     Raises:
         ValueError: a damaged adapter, or one of another base.
-        OSError: no adapter there, or a file can't be read.
+        OSError: no adapter there, or a file can't be read or written.
     """
-    found = describe_adapter(folder, model)
+    found = describe_adapter(folder, model, spectrum=spectrum)
+    if spectrum:
+        draw(found, folder / SPECTRUM)
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
+
+
+def draw(found: Description, path: Path) -> None:
+    """Draws singular values: a panel for each kind of kernel, in it a line for each layer, each against its largest."""
+    kinds: dict[str, list[Target]] = {}
+    for target in found.targets:
+        # A layer's number in a path, and a place in a stack, tell layers of one kind apart.
+        kinds.setdefault(re.sub(r"\d+", "*", target.name), []).append(target)
+    columns = min(3, len(kinds))
+    rows = -(-len(kinds) // max(columns, 1))
+    figure = Figure(figsize=(1 + 4 * columns, 0.8 + 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, (kind, targets) in enumerate(kinds.items()):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for n, target in enumerate(targets):
+            values = target.used.singular_values if target.used else ()
+            shares = [value / values[0] for value in values if value > 0]
+            colour = colormaps["viridis"](0.9 * n / max(len(targets) - 1, 1))
+            axes.plot(range(1, len(shares) + 1), shares, ".-", color=colour, linewidth=1, markersize=3)
+        effective = sorted(target.used.effective_rank for target in targets if target.used)
+        span = f"{effective[0]:.1f}" + (f" to {effective[-1]:.1f}" if len(effective) > 1 else "")
+        axes.set_title(f"{kind}\neffective rank {span} of {max(target.rank for target in targets)}", fontsize=8)
+        axes.set_yscale("log")
+        axes.set_ylim(top=1.3)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+    figure.supxlabel(
+        "singular value, largest first; a line for each layer, the first dark, the last bright", fontsize=9
+    )
+    figure.supylabel("size against the largest", fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 def merge(folder: Path, out: Path, *, model: str | None, dtype: str | None, overwrite: bool) -> None:

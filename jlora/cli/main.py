@@ -254,18 +254,20 @@ class Inspect:
     Attributes:
         folder: a run's folder, an adapter's, or one of PEFT
         model: folder or hub name of the base; with it each update is held against its kernel
+        spectrum: say how much of its rank each adapter used, and draw the singular values: spectrum.png in the folder
         json: print one JSON object
     """
 
     folder: tyro.conf.Positional[Path]
     model: str | None = None
+    spectrum: bool = False
     json: bool = False
 
     def run(self) -> None:
         """Prints the table."""
         from jlora.cli.adapters import inspect
 
-        inspect(self.folder, model=self.model, as_json=self.json)
+        inspect(self.folder, model=self.model, spectrum=self.spectrum, as_json=self.json)
 
 
 @dataclass(frozen=True)

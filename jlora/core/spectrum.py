@@ -114,8 +114,13 @@ def _trios(who: str, params: Tree) -> dict[Path, tuple[Trio, Layout]]:
     if abstract:
         problem = f"{count(len(abstract), 'adapter')} without values."
         raise ValueError(complain(who, problem, abstract, "pass arrays, not their abstract form."))
-    a, b, scaling = AFFIXES
-    return {path: ((leaves[path + a], leaves[path + b], leaves[path + scaling]), told[path]) for path in told}
+    return {path: (trio_of(leaves, path), layout) for path, layout in told.items()}
+
+
+def trio_of(leaves: Mapping[Path, Any], path: Path) -> Trio:
+    """A, B and scaling of one kernel."""
+    a, b, scaling = (leaves[path + affix] for affix in AFFIXES)
+    return a, b, scaling
 
 
 def matrices(
@@ -138,9 +143,9 @@ def singular_values(
     scaling: Float[np.ndarray, "*stack"],
 ) -> Float[np.ndarray, "*stack rank"]:
     """Those of scaling * A B^T, largest first; NaN in a layer that is not finite."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
     finite = _finite(a, b)
-    a, b = (np.where(finite[..., None, None], leaf, 0) for leaf in (a, b))
-    factors: Any = (np.linalg.qr(leaf.astype(np.float64), mode="r") for leaf in (a, b))
+    factors: Any = (np.linalg.qr(np.where(finite[..., None, None], leaf, 0), mode="r") for leaf in (a, b))
     ra, rb = factors
     values = np.linalg.svd(ra @ rb.swapaxes(-1, -2), compute_uv=False)
     return np.where(finite[..., None], np.abs(scaling)[..., None] * values, np.nan)

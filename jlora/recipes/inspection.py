@@ -1,7 +1,7 @@
 """What an adapter's folder holds: targets, ranks, scalings, sizes, how far it moves each kernel, and its base."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 from typing import Any, NamedTuple
@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora.core.errors import complain
-from jlora.core.layouts import AFFIXES, ORDERED, Layout, read
+from jlora.core.layouts import Layout, read
 from jlora.core.paths import Path, Tree, flatten
+from jlora.core.spectrum import Trio, effective_rank, kernel_norms, matrices, rank_for, singular_values, trio_of
 from jlora.core.tree import adapter_leaf, kernels
 from jlora.interop import peft
 from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json
@@ -21,6 +22,23 @@ from jlora.recipes.runs import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, _read_arrays, _read_metadata, restore_adapter
 
 HEADS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """How much of its rank an adapter used.
+
+    Attributes:
+        singular_values: of scaling * AB, largest first.
+        effective_rank: the entropy of the singular values, as a number of equal ones.
+        rank_90: the smallest rank that keeps 90 % of the squared norm.
+        rank_99: the same for 99 %.
+    """
+
+    singular_values: tuple[float, ...]
+    effective_rank: float
+    rank_90: int
+    rank_99: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +55,7 @@ class Target:
         bytes: of A, B and the scaling.
         norm: Frobenius norm of scaling * AB.
         ratio: that over the norm of the kernel; None where the base was not given, or is zero.
+        used: how much of the rank was used; None where it was not asked for.
     """
 
     path: str
@@ -48,6 +67,7 @@ class Target:
     bytes: int
     norm: float
     ratio: float | None = None
+    used: Used | None = None
 
     @property
     def name(self) -> str:
@@ -103,7 +123,10 @@ class Description:
     def __str__(self) -> str:
         size = "" if self.base_parameters is None else f", {self.base_parameters:,} parameters"
         libraries = ", ".join(f"{name} {version}" for name, version in self.libraries.items())
-        rows = [("target", "rank", "alpha", "scaling", "parameters", "bytes", "|sAB|", "|sAB|/|W|")]
+        told = any(target.used for target in self.targets)
+        rows: list[tuple[str, ...]] = [
+            ("target", "rank", "alpha", "scaling", "parameters", "bytes", "|sAB|", "|sAB|/|W|")
+        ]
         rows += [
             (
                 *(target.name, str(target.rank), f"{target.alpha:g}", f"{target.scaling:g}"),
@@ -115,6 +138,10 @@ class Description:
         rows += [
             (leaf.path, "full", "", "", f"{math.prod(leaf.shape):,}", f"{leaf.bytes:,}", "", "") for leaf in self.whole
         ]
+        if told:
+            more = [("effective rank", "rank for 90 %", "for 99 %")]
+            more += [used_cells(target.used) for target in self.targets] + [("", "", "")] * len(self.whole)
+            rows = [(*row, *cells) for row, cells in zip(rows, more, strict=True)]
         wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = [
             "  ".join([row[0].ljust(wide[0]), *(cell.rjust(w) for cell, w in zip(row[1:], wide[1:], strict=True))])
@@ -128,6 +155,10 @@ class Description:
                 f"{self.parameters:,} parameters, {self.bytes:,} bytes",
             ]
         )
+
+
+def used_cells(used: Used | None) -> tuple[str, str, str]:
+    return ("", "", "") if used is None else (f"{used.effective_rank:.1f}", str(used.rank_90), str(used.rank_99))
 
 
 class Adapted(NamedTuple):
@@ -235,12 +266,13 @@ def changed(base: Tree, params: Tree) -> tuple[Path, ...]:
     return tuple(p for p, leaf in flatten(params).items() if not adapter_leaf(p) and leaf is not before[p])
 
 
-def describe_adapter(folder: str | File, model: str | None = None) -> Description:
+def describe_adapter(folder: str | File, model: str | None = None, *, spectrum: bool = False) -> Description:
     """Says what an adapter's folder holds.
 
     Args:
         folder: of a training run, of `save_adapter`, or of PEFT.
         model: folder or hub name of the base, to hold every update against its kernel; None to read the adapter alone.
+        spectrum: say how much of its rank each adapter used.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -249,29 +281,30 @@ def describe_adapter(folder: str | File, model: str | None = None) -> Descriptio
     folder = File(folder)
     kind = find_kind(folder)
     if kind == "PEFT":
-        found = describe_peft(folder)
+        found = describe_peft(folder, spectrum)
     else:
         inner = folder / ADAPTER if kind == "run" else folder
-        found = describe_own(inner, read_job(folder / CONFIG).model.name if kind == "run" else None)
+        found = describe_own(inner, read_job(folder / CONFIG).model.name if kind == "run" else None, spectrum)
     values = {item: getattr(found, item) for item in found.__dataclass_fields__} | {"folder": str(folder)}
     if model is not None:
         adapted = load_adapted(folder, model)
         leaves, told = flatten(adapted.params), kernels("inspect", adapted.params)
-        trios = {path: ([leaves[path + affix] for affix in AFFIXES], told[path]) for path in told}
+        trios = {path: (trio_of(leaves, path), told[path]) for path in told}
         full = [Whole(path=p, shape=leaves[p].shape, bytes=leaves[p].nbytes) for p in adapted.train]
-        targets = targets_of(trios, kernel_norms(adapted.params))
+        norms = {path: kernel_norms(leaves[path], told[path]) for path in told}
+        targets = targets_of(trios, norms, spectrum=spectrum)
         total = sum(leaf.size for path, leaf in flatten(adapted.loaded.params).items())
         values |= {"targets": targets, "whole": tuple(full), "base": model, "base_parameters": total}
     return Description(**values)
 
 
-def describe_own(folder: File, base: str | None) -> Description:
+def describe_own(folder: File, base: str | None, spectrum: bool) -> Description:
     """What a folder of `save_adapter` holds."""
     metadata = _read_metadata(folder)
     arrays, leaves = _read_arrays(folder, metadata), metadata["base"]
     trios = {}
     for path in metadata["targets"]:
-        trio = [arrays[path + affix] for affix in AFFIXES]
+        trio = trio_of(arrays, path)
         layout = read(tuple(leaves[path]["shape"]), *(leaf.shape for leaf in trio))
         assert layout is not None, "digests hold, so the shapes fit as they did when saved"
         trios[path] = trio, layout
@@ -281,12 +314,12 @@ def describe_own(folder: File, base: str | None) -> Description:
         base=base,
         base_parameters=sum(math.prod(leaf["shape"]) for leaf in leaves.values()),
         libraries={name: version for name, version in metadata["libraries"].items() if version},
-        targets=targets_of(trios),
+        targets=targets_of(trios, spectrum=spectrum),
         whole=tuple(Whole(path=p, shape=arrays[p].shape, bytes=arrays[p].nbytes) for p in metadata["train"]),
     )
 
 
-def describe_peft(folder: File) -> Description:
+def describe_peft(folder: File, spectrum: bool) -> Description:
     """What a PEFT folder holds, by torch's names.
 
     Raises:
@@ -304,7 +337,7 @@ def describe_peft(folder: File) -> Description:
         rank = len(a)
         alpha = peft.resolve(config, "alpha_pattern", written, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        norm = product_norms(a.reshape(1, rank, -1).swapaxes(1, 2), b.reshape(1, -1, rank), np.array([scaling]))
+        values = singular_values(a.reshape(rank, -1).T, b.reshape(-1, rank), np.asarray(scaling))
         targets.append(
             Target(
                 path=module,
@@ -314,7 +347,8 @@ def describe_peft(folder: File) -> Description:
                 scaling=scaling,
                 parameters=a.size + b.size,
                 bytes=a.nbytes + b.nbytes,
-                norm=float(norm[0]),
+                norm=float(np.linalg.norm(values)),
+                used=used_of(values) if spectrum else None,
             )
         )
     return Description(
@@ -329,13 +363,17 @@ def describe_peft(folder: File) -> Description:
 
 
 def targets_of(
-    trios: Mapping[Path, tuple[list[Any], Layout]], bases: Mapping[Path, np.ndarray] | None = None
+    trios: Mapping[Path, tuple[Trio, Layout]],
+    bases: Mapping[Path, np.ndarray] | None = None,
+    *,
+    spectrum: bool,
 ) -> tuple[Target, ...]:
     """Every kernel's adapter, a stack's layer by layer."""
     found = []
     for path, (trio, layout) in trios.items():
         a, b, scaling = trio
-        norms, rank, scalings = pair_norms(trio, layout), a.shape[-1], np.asarray(scaling, np.float64)
+        values, rank, scalings = singular_values(*matrices(trio, layout)), a.shape[-1], np.asarray(scaling, np.float64)
+        norms = np.linalg.norm(values, axis=-1)
         for index in np.ndindex(*norms.shape):
             base = None if bases is None else float(bases[path][index])
             found.append(
@@ -349,64 +387,17 @@ def targets_of(
                     bytes=(a.nbytes + b.nbytes + scaling.nbytes) // norms.size,
                     norm=float(norms[index]),
                     ratio=float(norms[index]) / base if base else None,
+                    used=used_of(values[index]) if spectrum else None,
                 )
             )
     return tuple(found)
 
 
-def update_norms(params: Tree) -> dict[Path, Float[np.ndarray, "*stack"]]:
-    """The Frobenius norm of every kernel's update, scaling * AB, without forming AB; one for each layer of a stack.
-
-    Raises:
-        ValueError: the tree has no adapter.
-    """
-    leaves = flatten(params)
-    told = kernels("update_norms", params)
-    return {path: pair_norms([leaves[path + affix] for affix in AFFIXES], layout) for path, layout in told.items()}
-
-
-def kernel_norms(params: Tree) -> dict[Path, Float[np.ndarray, "*stack"]]:
-    """The Frobenius norm of every wrapped kernel itself, one for each layer of a stack.
-
-    Raises:
-        ValueError: the tree has no adapter.
-    """
-    leaves = flatten(params)
-    return {path: norms_of(leaves[path], layout) for path, layout in kernels("kernel_norms", params).items()}
-
-
-def norms_of(kernel: Any, layout: Layout) -> Float[np.ndarray, "*stack"]:
-    """A kernel's norms, one layer of it widened at a time."""
-    stack = [n for n, letter in enumerate(layout) if letter == "s"]
-    slices = np.moveaxis(np.asarray(kernel), stack, range(len(stack)))
-    norms = np.zeros(slices.shape[: len(stack)])
-    for index in np.ndindex(*norms.shape):
-        wide = slices[index].astype(np.float32)
-        norms[index] = math.sqrt(np.square(wide).sum(dtype=np.float64))
-    return norms
-
-
-def pair_norms(trio: Iterable[Any], layout: Layout) -> Float[np.ndarray, "*stack"]:
-    """The Frobenius norm of scaling * AB for every layer of a stack.
-
-    Args:
-        trio: A, B and scaling, in either of the forms that `wrap` makes.
-        layout: the kernel's.
-    """
-    a, b, scaling = (np.asarray(leaf).astype(np.float64) for leaf in trio)
-    stack, rank = [n for n, letter in enumerate(layout) if letter == "s"], a.shape[-1]
-    if ORDERED.fullmatch(layout):
-        b = np.moveaxis(b, len(stack), -1)
-    a, b = (np.moveaxis(leaf, stack, range(len(stack))).reshape(scaling.size, -1, rank) for leaf in (a, b))
-    return product_norms(a, b, scaling.reshape(-1)).reshape(scaling.shape)
-
-
-def product_norms(
-    a: Float[np.ndarray, "stack fan_in rank"],
-    b: Float[np.ndarray, "stack fan_out rank"],
-    scaling: Float[np.ndarray, "stack"],
-) -> Float[np.ndarray, "stack"]:
-    """|s A B^T| by QR: Q keeps norms, so the rank x rank product of both R has that of the whole."""
-    factors: Any = (np.linalg.qr(leaf.astype(np.float64), mode="r") for leaf in (a, b))
-    ra, rb = factors
-    return np.abs(scaling) * np.linalg.norm(ra @ rb.swapaxes(1, 2), axis=(1, 2))
+def used_of(values: Float[np.ndarray, "rank"]) -> Used:
+    """What the singular values of one update say."""
+    return Used(
+        singular_values=tuple(map(float, values)),
+        effective_rank=float(effective_rank(values)),
+        rank_90=int(rank_for(values, 0.9)),
+        rank_99=int(rank_for(values, 0.99)),
+    )

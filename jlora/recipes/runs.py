@@ -8,7 +8,7 @@
     checkpoints/          the newest states, to go on from
     metrics.jsonl         losses and evaluations
     result.json           what it came to: a run that has it is finished
-    learning_curve.png, README.md, events/
+    learning_curve.png, spectrum.png, README.md, events/
 """
 
 import functools
@@ -37,7 +37,8 @@ from jlora.training.sharding import make_mesh, place, shardings
 
 ADAPTER, CONFIG, LABELS, CHECKPOINTS = "adapter", "config.toml", "labels.json", "checkpoints"
 METRICS, RESULT, CURVE, CARD, EVENTS = "metrics.jsonl", "result.json", "learning_curve.png", "README.md", "events"
-FILES = (CONFIG, ADAPTER, LABELS, CHECKPOINTS, METRICS, RESULT, CURVE, CARD, EVENTS)
+SPECTRUM = "spectrum.png"
+FILES = (CONFIG, ADAPTER, LABELS, CHECKPOINTS, METRICS, RESULT, CURVE, SPECTRUM, CARD, EVENTS)
 
 INITIALIZERS = {
     "uniform": uniform,
