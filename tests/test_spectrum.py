@@ -287,6 +287,7 @@ def test_a_rank_is_an_int_and_a_tree_is_wrapped_and_real():
         ({"up/kernel": math.nan}, {}, "'up/kernel'  nan"),
         (dict.fromkeys(("up/kernel", "middle/kernel", "down.x+y/kernel"), 0.0), {}, "no kernel has any importance"),
         ({}, {"low": 0}, "low 0"),
+        ({}, {"low": 1.5}, "low 1.5"),
         ({}, {"low": 3, "high": 2}, "low 3, high 2"),
         ({}, {"budget": 0.5}, "budget of 0.5 is less than rank 1"),
         ({}, {"budget": math.inf}, "budget of inf"),

@@ -372,7 +372,8 @@ def allocate(
     """
     told, leaves = kernels("allocate", params), flatten(params)
     _check_importance(importance, list(told))
-    if not 1 <= low <= (low if high is None else high):
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (low, low if high is None else high))
+    if not whole or not 1 <= low <= (low if high is None else high):
         fix = "pass whole numbers, 1 <= low <= high."
         raise ValueError(complain("allocate", "limits out of range.", [f"low {low}, high {high}"], fix))
     fans = {path: layouts.fans(tuple(leaves[path].shape), layout) for path, layout in told.items()}
