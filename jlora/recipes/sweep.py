@@ -307,23 +307,23 @@ def sweep(
         at_once=at_once,
         accumulate=accumulate,
     )
-    field_ = _Field(loss_fn, members, start, optimizer, key, train, accumulate, clip)
-    before = {member.seed: _measured(evaluate(field_.params(member)), metric) for member in field_.firsts()}
+    shared = Field(loss_fn, members, start, optimizer, key, train, accumulate, clip)
+    before = {member.seed: _measured(evaluate(shared.params(member)), metric) for member in shared.firsts()}
     streams = {seed: _Stream(batches(seed), seed) for seed in seeds}
     first = {seed: stream.look() for seed, stream in streams.items()}
     largest = {seed: first[seed] if example is None else example for seed in seeds}
     began = time.perf_counter()
-    groups, side, found = _groups(field_, largest, _limit(memory), at_once)
+    groups, side, found = _groups(shared, largest, _limit(memory), at_once)
     compile_seconds = time.perf_counter() - began
     outcomes: dict[Member, Outcome] = {}
     seconds: list[float] = []
     for number, group in enumerate(groups, 1):
         own = streams if number == 1 else {seed: _Stream(batches(seed), seed) for seed in seeds}
-        runner = _Runner(field_, group, side, own, (metric, maximize), tell, (number, len(groups)))
+        runner = _Runner(shared, group, side, own, (metric, maximize), tell, (number, len(groups)))
         outcomes |= runner.run(evaluate, steps, every, fetch_every, patience, max_skipped)
         seconds += runner.seconds
     resources = Resources(
-        base_bytes=sum(size_of(leaf) for leaf in jax.tree.leaves(field_.base)),
+        base_bytes=sum(size_of(leaf) for leaf in jax.tree.leaves(shared.base)),
         argument_bytes=found.argument_size_in_bytes,
         temporary_bytes=found.temp_size_in_bytes,
         groups=len(groups),
@@ -445,7 +445,7 @@ class _Each(NamedTuple):
     scalings: Tree
 
 
-class _Field:
+class Field:
     """The members of a sweep over their base, and the program that trains some of them."""
 
     def __init__(
@@ -582,18 +582,18 @@ def _check_shared(bases: Mapping[Member, Tree]) -> None:
 
 
 def _groups(
-    field_: _Field, batches: Mapping[int, Batch], limit: int, at_once: int | None
+    shared: Field, batches: Mapping[int, Batch], limit: int, at_once: int | None
 ) -> tuple[list[list[Member]], int, Any]:
     """The members in groups that fit into memory, how many of each go side by side, and the compiler's count.
 
     Raises:
         ValueError: not one member fits.
     """
-    members = list(field_.members)
+    members = list(shared.members)
     size = len(members)
     side = min(at_once or (1 if jax.default_backend() == "cpu" else size), size)
     while True:
-        found = field_.compiled(members[:size], batches, side)
+        found = shared.compiled(members[:size], batches, side)
         if peak(found) <= limit:
             return [members[n : n + size] for n in range(0, len(members), size)], side, found
         if size == side == 1:
@@ -609,7 +609,7 @@ class _Runner:
 
     def __init__(
         self,
-        field_: _Field,
+        shared: Field,
         group: Sequence[Member],
         side: int,
         streams: Mapping[int, _Stream],
@@ -617,9 +617,9 @@ class _Runner:
         tell: Callable[[Judged | Progressed], None],
         number: tuple[int, int],
     ):
-        self.field, self.group, self.side, self.streams, self.rule = field_, list(group), side, streams, rule
+        self.shared, self.group, self.side, self.streams, self.rule = shared, list(group), side, streams, rule
         self.tell, self.number = tell, number
-        self.outcomes = {member: field_.outcome(member) for member in group}
+        self.outcomes = {member: shared.outcome(member) for member in group}
         self.active = [True] * len(group)
         self.since = dict.fromkeys(group, 0)
         self.seconds: list[float] = []
@@ -634,12 +634,12 @@ class _Runner:
         max_skipped: int,
     ) -> dict[Member, Outcome]:
         """Trains until all steps are taken, or no member is left."""
-        states, each = self.field.states(self.group), self.field.each(self.group, self.active)
+        states, each = self.shared.states(self.group), self.shared.each(self.group, self.active)
         pending: list[Any] = []
         mark = time.perf_counter()
         for n in range(1, steps + 1):
-            batches = self.field.together({seed: next(stream) for seed, stream in self.streams.items()})
-            states, metrics = self.field.program(states, self.field.base, batches, each, self.side)
+            batches = self.shared.together({seed: next(stream) for seed, stream in self.streams.items()})
+            states, metrics = self.shared.program(states, self.shared.base, batches, each, self.side)
             pending.append(metrics)
             evaluates = n % every == 0 or n == steps
             if not evaluates and n % fetch_every:
@@ -656,7 +656,7 @@ class _Runner:
                 self.leave("stopped early", [n < steps and slow for slow in late])
             if not any(self.active):
                 break
-            each, pending = self.field.each(self.group, self.active), []
+            each, pending = self.shared.each(self.group, self.active), []
             mark = time.perf_counter()
         return self.outcomes
 
@@ -676,11 +676,11 @@ class _Runner:
                 continue
             outcome = self.outcomes[member]
             own = jax.tree.map(lambda leaf, place=place: leaf[place], adapters)
-            metrics = {name: float(value) for name, value in evaluate(self.field.params(member, own)).items()}
+            metrics = {name: float(value) for name, value in evaluate(self.shared.params(member, own)).items()}
             worth, before = _worth(metrics, metric, maximize), outcome.best
             best = before is None or worth > _worth(before.metrics, metric, maximize)
             self.since[member] = 0 if best else self.since[member] + 1
-            judged = Judged(member, step, metrics, best, self.field.narrowed(member, own) if best else None)
+            judged = Judged(member, step, metrics, best, self.shared.narrowed(member, own) if best else None)
             outcome.params = judged.params if best else outcome.params
             self.tell(judged)
             outcome.evaluations.append(judged._replace(params=None))
