@@ -87,8 +87,8 @@ class Options:
     """MiniLM and examples/faq, or stories260K and sonnets."""
     methods: tuple[Literal["base", "full", "houlsby-64", "houlsby-8", "prefix", "prompt", "lora"], ...] = tuple(METHODS)
     """What to compare; the base is always there, to compare with."""
-    epochs: int | None = None
-    """Passes over the training rows: 3 for minilm and 4 for stories unless given."""
+    epochs: int = 3
+    """Passes over the training rows."""
     rates: tuple[float, ...] = ()
     """Train each method at each of these instead of at its own, and keep the best on validation."""
     rounds: int = 200
@@ -111,7 +111,6 @@ class Work(NamedTuple):
         params: its parameters.
         rows: by split.
         shapes: of batches: batch_size, max_length and pad_id.
-        epochs: passes over the training rows, unless the options say otherwise.
         measure: what is shown of the test: "accuracy" or "loss".
         about: both, in words.
     """
@@ -120,7 +119,6 @@ class Work(NamedTuple):
     params: Tree
     rows: dict[str, list[Row]]
     shapes: dict[str, int]
-    epochs: int
     measure: str
     about: str
 
@@ -132,7 +130,7 @@ def minilm(options: Options) -> Work:
     loaded = load_base(config, corpus.labels)
     rows = {split: rows_of(config, loaded.tokenizer, corpus, split).rows for split in corpus.splits}
     shapes = {"batch_size": 32, "max_length": config.data.max_length, "pad_id": pad_token(loaded.tokenizer)}
-    return Work(loaded.model, loaded.params, rows, shapes, 3, "accuracy", "MiniLM-L6 on examples/faq (26 classes)")
+    return Work(loaded.model, loaded.params, rows, shapes, "accuracy", "MiniLM-L6 on examples/faq (26 classes)")
 
 
 def stories(options: Options) -> Work:
@@ -145,7 +143,7 @@ def stories(options: Options) -> Work:
         parts[{0: "test", 1: "validation"}.get(n % 10, "train")].append(poem)
     rows = {name: make_rows(loaded.tokenizer, part, max_length=384).rows for name, part in parts.items()}
     shapes = {"batch_size": 8, "max_length": 384, "pad_id": pad_token(loaded.tokenizer)}
-    return Work(loaded.model, loaded.params, rows, shapes, 4, "loss", f"stories260K on {len(poems)} sonnets")
+    return Work(loaded.model, loaded.params, rows, shapes, "loss", f"stories260K on {len(poems)} sonnets")
 
 
 WORKS: dict[str, Callable[[Options], Work]] = {"minilm": minilm, "stories": stories}
@@ -188,9 +186,8 @@ def run(name: str, work: Work, options: Options) -> tuple[dict[str, Any], Method
 def train(name: str, work: Work, options: Options, rate: float) -> tuple[Method, dict[str, Any]]:
     """The method with what it has learnt, and what learning it took."""
     method = METHODS[name](work.model, work.params, jax.random.key(options.seed + 1))
-    epochs = options.epochs or work.epochs
     batches = training_batches(work.rows["train"], **work.shapes, seed=options.seed)
-    tx = optimizer(method, rate, HEAD_RATE, len(batches) * epochs)
+    tx = optimizer(method, rate, HEAD_RATE, len(batches) * options.epochs)
     trained, frozen = method.split()
     if not trained:
         return method, dict.fromkeys(("trained", "share", "head", "optimizer_bytes", "temp_bytes", "steps"), 0)
@@ -201,7 +198,7 @@ def train(name: str, work: Work, options: Options, rate: float) -> tuple[Method,
     facts = {"trained": own, "share": own / total, "head": head, "optimizer_bytes": bytes_of(state.opt_state)}
     compiled: dict[tuple[int, ...], Any] = {}
     start, losses = time.perf_counter(), []
-    for batch in batches.repeat(epochs):
+    for batch in batches.repeat(options.epochs):
         shape = batch["input_ids"].shape
         if shape not in compiled:
             compiled[shape] = step.lower(state, frozen, batch).compile()
@@ -288,8 +285,7 @@ def about(options: Options, work: Work, load: float) -> dict[str, Any]:
     return {
         "command": f"python benchmarks/methods.py --model {options.model}"
         + (f" --rates {' '.join(map(str, options.rates))}" if options.rates else ""),
-        "work": f"{work.about}: {counts} rows, {options.epochs or work.epochs} epochs of batches of "
-        f"{work.shapes['batch_size']}",
+        "work": f"{work.about}: {counts} rows, {options.epochs} epochs of batches of {work.shapes['batch_size']}",
         "row": one_row(work)[0].shape[1],
         "machine": f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, "
         f"load {load:.1f} when it began",
@@ -350,7 +346,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
             continue
         point = row["trained"], row[report["measure"]]
         axes.plot(*point, "o", color="tab:orange" if name == "lora" else "tab:gray", markersize=8)
-        axes.annotate(NAMES[name], point, xytext=(0, 9), textcoords="offset points", ha="center")
+        axes.annotate(
+            NAMES[name], point, xytext=(0, -18 if name == "lora" else 9), textcoords="offset points", ha="center"
+        )
     base = report["methods"]["base"][report["measure"]]
     axes.axhline(base, color="tab:gray", linestyle="--", linewidth=1)
     axes.annotate(
