@@ -298,8 +298,8 @@ def said(runs: dict[str, float], options: Options) -> list[str]:
         return []
     return [
         "",
-        f"Whole processes of {options.whole} steps of stories260K: all five at once take {runs['wall']:.2f} of the wall "
-        f"time of one after the other ({runs['together_seconds']:.0f} s of {runs['alone_seconds']:.0f} s), and "
+        f"Whole processes of {options.whole} steps of stories260K: all five at once take {runs['wall']:.2f} of the "
+        f"wall time of one after the other ({runs['together_seconds']:.0f} s of {runs['alone_seconds']:.0f} s), and "
         f"{runs['cpu']:.2f} of the processor time.",
     ]
 

@@ -180,7 +180,9 @@ def stand_ins(folder: Path, models: dict, trained: dict) -> dict[str, str]:
 
 def small(argv: list[str], folder: Path, models: dict) -> list[str]:
     """A command line with its models made tiny, its steps few, and its files in a folder of the test's."""
-    if argv[0] == "train":
+    if argv[0] == "plan":
+        argv += ["--sequence", "48"]
+    if argv[0] in ("train", "sweep"):
         name = Path(argv[1]).stem
         model = models["llama" if name in ("llama_faq", "gpt2_poetry", "job") else "bert"]
         argv += ["--model.name", str(model), "--optimisation.steps", "2", "--run.evaluate-every", "2"]

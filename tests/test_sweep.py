@@ -187,7 +187,7 @@ def test_one_compile_serves_all_members_and_all_steps():
     for ranks in ((4,), (4, 8, 16, 32)):
         traces.clear()
         jlora.sweep(counted, start, batches, evaluate, steps=20, ranks=ranks, **OPTIONS)
-        few = len(traces) if len(ranks) == 1 else few  # noqa: F821
+        few = len(traces) if len(ranks) == 1 else few
     assert len(traces) == few
 
 
