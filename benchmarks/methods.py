@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -283,8 +284,7 @@ def about(options: Options, work: Work, load: float) -> dict[str, Any]:
     libraries = ("jax", "jaxlib", "flax", "optax", "jlora")
     counts = ", ".join(f"{len(rows)} {split}" for split, rows in work.rows.items())
     return {
-        "command": f"python benchmarks/methods.py --model {options.model}"
-        + (f" --rates {' '.join(map(str, options.rates))}" if options.rates else ""),
+        "command": " ".join(["python benchmarks/methods.py", *sys.argv[1:]]),
         "work": f"{work.about}: {counts} rows, {options.epochs} epochs of batches of {work.shapes['batch_size']}",
         "row": one_row(work)[0].shape[1],
         "machine": f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores, {platform.machine()}, "
