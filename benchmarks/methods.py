@@ -47,7 +47,7 @@ from jlora.training.step import TrainState, make_train_step
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared/data"
 HEAD_RATE = 1e-2
-# Chosen with --rates, after one epoch, by the loss on the validation rows; prompt tuning of stories takes that of MiniLM.
+# Chosen with --rates after one epoch, by the loss on the validation rows; stories' prompt takes MiniLM's.
 RATES = {
     "minilm": {
         "base": HEAD_RATE,
