@@ -14,6 +14,7 @@ from jlora.cli.main import main
 from jlora.cli.report import page
 from jlora.core.paths import flatten
 from jlora.recipes import runs
+from jlora.recipes.curves import rising
 from jlora.recipes.recommend import Trial, recommend
 
 quick = tiny_job.quick
@@ -203,3 +204,9 @@ def test_signs_of_too_small_and_too_large_a_rank_are_told():
     assert found.rank == 8
     assert "Rank 4 is too small: its accuracy is 0.4 worse; its training loss stalled at 2.000." in found.reasons
     assert "Rank 64 is too large for these data: its validation loss rose early." in found.reasons
+
+
+def test_a_loss_that_ends_as_no_number_rose_and_one_that_stays_below_zero_did_not():
+    assert rising([1.0, 0.5, 0.6, float("nan")]) is not None
+    assert rising([float("nan"), 0.5, 0.51]) is None
+    assert rising([-2.0, -2.0, -1.9, -2.0]) is None and rising([-2.0, -1.9, -1.5, -1.0]) is not None

@@ -38,11 +38,12 @@ def stalled(losses: Sequence[float]) -> float | None:
 def rising(losses: Sequence[float]) -> Rise | None:
     """How a validation loss rose early: the sign of too high a rank, or rate, or of too few data.
 
-    Its lowest point came in the first half of the evaluations, and the last is a tenth above it. None where it is not
-    so, or there are fewer than three.
+    Its lowest point came in the first half of the evaluations, and the last is a tenth above it; what is no number
+    counts as infinite. None where it is not so, or there are fewer than three.
     """
     if len(losses) < 3:
         return None
-    low = min(losses)
-    place = list(losses).index(low)
-    return Rise(place, low, losses[-1], len(losses)) if place < len(losses) / 2 and losses[-1] > 1.1 * low else None
+    known = [math.inf if math.isnan(loss) else loss for loss in losses]
+    low, last = min(known), known[-1]
+    place = known.index(low)
+    return Rise(place, low, last, len(known)) if place < len(known) / 2 and last > low + 0.1 * abs(low) else None
