@@ -173,7 +173,8 @@ def draw(found: Mapping[str, Any]) -> Figure:
     metric = found["metric"]
     curves(panels[1, 0], kept, color, lambda member: smooth(member["losses"]))
     panels[1, 0].set(xlabel="step", ylabel="training loss")
-    curves(panels[1, 1], kept, color, lambda m: [(e["step"], e[metric]) for e in m["evaluations"]], marker="o")
+    judged = lambda m: [(e["step"], e[metric]) for e in m["evaluations"] if e[metric] is not None]
+    curves(panels[1, 1], kept, color, judged, marker="o")
     panels[1, 1].set(xlabel="step", ylabel=f"validation {metric}")
     panels[1, 0].legend(title="rank", fontsize=9, ncols=2, loc="upper right")
     for axes in panels.flat:

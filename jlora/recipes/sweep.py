@@ -174,11 +174,11 @@ class SweepResult:
         return max(found, key=lambda outcome: _worth(outcome.best.metrics, self.metric, self.maximize))  # type: ignore
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it but the parameters, for JSON."""
+        """All of it but the parameters, for JSON, with None for what is not finite."""
         return {
             "metric": self.metric,
             "maximize": self.maximize,
-            "before": {str(seed): metrics for seed, metrics in self.before.items()},
+            "before": {str(seed): _finite(metrics) for seed, metrics in self.before.items()},
             "members": [_plain(outcome, self.metric) for outcome in self.outcomes],
             "resources": self.resources._asdict(),
             "recommendation": self.recommendation.as_dict(),
@@ -198,13 +198,18 @@ def _plain(outcome: Outcome, metric: str) -> dict[str, Any]:
         **outcome.member._asdict(),
         "status": outcome.status,
         "best_step": None if best is None else best.step,
-        f"best_{metric}": None if best is None else best.metrics[metric],
+        f"best_{metric}": None if best is None else _finite(best.metrics)[metric],
         "trainable": outcome.trainable,
         "adapter_bytes": outcome.adapter_bytes,
         "optimizer_bytes": outcome.optimizer_bytes,
         "losses": [loss if math.isfinite(loss) else None for loss in outcome.losses],
-        "evaluations": [{"step": judged.step, **judged.metrics} for judged in outcome.evaluations],
+        "evaluations": [{"step": judged.step, **_finite(judged.metrics)} for judged in outcome.evaluations],
     }
+
+
+def _finite(metrics: Metrics) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: it has no word for what is not finite."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _cells(outcome: Outcome, metric: str) -> tuple[str, ...]:
@@ -296,17 +301,18 @@ def sweep(
         ValueError: options out of range, all of them listed; a metric that `evaluate` does not give, or that is not
             finite before training; members that do not share a base; no room for one member; too few batches.
     """
-    every = min(evaluate_every or max(steps // 10, 1), steps) if steps > 0 else 1
     members = _grid(ranks, learning_rates, seeds)
     _check(
+        tolerance,
         steps=steps,
-        evaluate_every=every,
+        evaluate_every=evaluate_every,
         fetch_every=fetch_every,
         patience=patience,
         max_skipped=max_skipped,
         at_once=at_once,
         accumulate=accumulate,
     )
+    every = evaluate_every or max(steps // 10, 1)
     shared = Field(loss_fn, members, start, optimizer, key, train, accumulate, clip)
     before = {member.seed: _measured(evaluate(shared.params(member)), metric) for member in shared.firsts()}
     streams = {seed: _Stream(batches(seed), seed) for seed in seeds}
@@ -346,11 +352,12 @@ def sweep(
 
 def _trial(outcome: Outcome, metric: str) -> Trial:
     best = outcome.best
+    lost = best is None or outcome.status == "diverged" or not math.isfinite(best.metrics[metric])
     return Trial(
         rank=outcome.member.rank,
         learning_rate=outcome.member.learning_rate,
         seed=outcome.member.seed,
-        value=None if best is None or outcome.status == "diverged" else best.metrics[metric],
+        value=None if lost else best.metrics[metric],  # type: ignore[union-attr]
         losses=outcome.losses,
         validation=[judged.metrics["loss"] for judged in outcome.evaluations if "loss" in judged.metrics],
     )
@@ -381,10 +388,16 @@ def _grid(ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) ->
     return [Member(*values) for values in itertools.product(ranks, rates, seeds)]
 
 
-def _check(**options: int | None) -> None:
-    wrong = [f"{name} = {value}" for name, value in options.items() if value is not None and value < 1]
+def _check(tolerance: float | None, **options: int | None) -> None:
+    wrong = [
+        f"{name} = {value!r}  expected: a whole number from 1"
+        for name, value in options.items()
+        if value is not None and not (isinstance(value, int) and value > 0)
+    ]
+    if tolerance is not None and not tolerance >= 0:
+        wrong.append(f"tolerance = {tolerance!r}  expected: a number from 0")
     if wrong:
-        raise ValueError(complain("sweep", "options are out of range.", wrong, "pass whole numbers from 1."))
+        raise ValueError(complain("sweep", "options are out of range.", wrong, "correct them."))
 
 
 def _measured(metrics: Metrics, metric: str) -> dict[str, float]:
