@@ -1,11 +1,8 @@
 """`adapt` as a function transform: any signature, one trace, the base's bits at the start, and errors that say why."""
 
 import functools
-import gc
 import math
 import re
-import statistics
-import time
 from collections import UserDict
 from types import MappingProxyType
 
@@ -286,19 +283,19 @@ def test_a_static_that_cannot_be_hashed_still_works():
         close(adapted(wrapped(), X, Box(value)), fn(merge(wrapped()), X, Box(value)))
 
 
-def test_an_unjitted_call_after_the_first_costs_little_more_than_the_bases():
+def test_an_unjitted_call_after_the_first_runs_none_of_the_functions_python():
     _, fn, tree, _ = network()
-    adapted, base = adapt(fn), unwrap(tree)
-    seconds = {"adapted": [], "base": []}
-    for turn in range(15):
-        for name, run, params in (("base", fn, base), ("adapted", adapted, tree)):
-            if not turn % 5:
-                gc.collect()
-            start = time.perf_counter()
-            jax.block_until_ready(run(params, IDS))
-            seconds[name].append(time.perf_counter() - start)
-    # Promised is twice; the rest is for noisy machines.
-    assert statistics.median(seconds["adapted"][3:]) < 3 * statistics.median(seconds["base"][3:])
+    runs = []
+
+    def counted(params, ids):
+        runs.append(1)
+        return fn(params, ids)
+
+    adapted = adapt(counted)
+    for _ in range(3):
+        adapted(tree, IDS)
+    # What is left to an un-jitted call is dispatching; the base's own call runs the module's Python each time.
+    assert len(runs) == 1
 
 
 # Rules of others, kept.
