@@ -196,6 +196,20 @@ def test_older_and_newer_config_styles_say_the_same(tmp_path, rope):
     close(run_jax(newer, ids), run_torch(oracle, ids, mask), mask)
 
 
+@pytest.mark.parametrize("family", ["mistral window", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
+def test_every_familys_older_config_says_what_its_newer_one_does(tmp_path, family):
+    make(family).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config, newer = json.loads(file.read_text()), load_model(tmp_path).model.config
+    ropes = config.pop("rope_parameters")
+    # Before version 5 the bases stood by themselves, that of Gemma 3's sliding layers under a name of its own.
+    local, rope = ropes.get("sliding_attention"), ropes.get("full_attention", ropes)
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
+    config |= {"rope_local_base_freq": local["rope_theta"]} if local else {}
+    file.write_text(json.dumps(config))
+    assert load_model(tmp_path).model.config == newer
+
+
 @pytest.mark.parametrize("shards", ["one shard", "several shards"])
 def test_bfloat16_shards_are_read_to_the_bit(tmp_path, shards):
     model = make("llama tied").to(torch.bfloat16)

@@ -35,6 +35,16 @@ MODELS = {
     "gemma2": lambda: transformers.Gemma2ForCausalLM(
         transformers.Gemma2Config(**COMMON, num_key_value_heads=2, head_dim=16, sliding_window=4)
     ),
+    "mistral": lambda: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=4)
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**COMMON, num_key_value_heads=2)),
+    "gemma": lambda: transformers.GemmaForCausalLM(
+        transformers.GemmaConfig(**COMMON, num_key_value_heads=2, head_dim=16)
+    ),
+    "gemma3": lambda: transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**COMMON, num_key_value_heads=2, head_dim=16, sliding_window=4)
+    ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
     "bert classes": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**COMMON, num_labels=3)),
     "bert tokens": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**COMMON, num_labels=5)),
