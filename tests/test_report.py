@@ -1,6 +1,7 @@
 """`jlora sweep`: a job at many ranks, each as `jlora train` would do it, and a page that a browser shows."""
 
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -9,13 +10,16 @@ import subprocess
 import numpy as np
 import pytest
 import tiny_job
+from rich.console import Console
 
 from jlora.cli.main import main
 from jlora.cli.report import page
+from jlora.cli.sweep import progress
 from jlora.core.paths import flatten
 from jlora.recipes import runs
 from jlora.recipes.curves import rising
 from jlora.recipes.recommend import Trial, recommend
+from jlora.recipes.sweep import Judged, Member, Progressed
 
 quick = tiny_job.quick
 GRID = ("--ranks", "2,64", "--seeds", "0,3", "--lr", "0.02")
@@ -59,6 +63,30 @@ def test_a_members_folder_is_what_training_its_job_alone_gives(member, swept, tm
     events = tiny_job.lines(tmp_path / "alone")
     mine, theirs = told["evaluations"], [event for event in events if event["event"] == "evaluation"]
     np.testing.assert_allclose([e["loss"] for e in mine], [e["loss"] for e in theirs], atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["token_classification", "causal_lm"])
+def test_other_tasks_long_and_short_rows_and_kernels_with_a_rank_of_their_own_are_swept_as_trained(task, tmp_path):
+    tags = task == "token_classification"
+    make, table = (tiny_job.make_model, "word_embeddings") if tags else (tiny_job.make_llama, "embed_tokens")
+    toml = tiny_job.make_other_job(tmp_path / "job", make(tmp_path / "model"), task)
+    tiny_job.change(toml, "rank = 4\n", f'rank = 4\nranks = {{ ".*{table}/embedding" = 2 }}\n')
+    tiny_job.change(toml, "max_length = 32\n", "max_length = 32\npack = false\n")
+    records = [json.loads(line) for line in (toml.parent / "train.jsonl").read_text().splitlines()]
+    # Some of the rows are longer than the others: the seeds meet them at other steps.
+    longer = lambda value: (value + " " if isinstance(value, str) else value) * 20
+    long = [{name: longer(value) for name, value in record.items()} for record in records[::4]]
+    tiny_job.write_lines(toml.parent / "train.jsonl", records + long)
+    flags = ["--optimisation.steps", "6", "--run.evaluate-every", "3"]
+    assert main(["sweep", str(toml), "--ranks", "2,64", "--seeds", "0,3", *flags]) == 0
+    numbers = json.loads((tmp_path / "job" / "run-sweep" / "sweep.json").read_text())
+    assert numbers["capped"] and not any(table in path for path in numbers["capped"])
+    folder = tmp_path / "job" / "run-sweep" / "members" / "rank-2_lr-0.02_seed-3"
+    assert main(["train", str(folder / "config.toml"), "--output.folder", str(tmp_path / "alone")]) == 0
+    found, expected = (flatten(runs.load_run(place).params) for place in (folder, tmp_path / "alone"))
+    assert found.keys() == expected.keys() and any(table in path and path.endswith("_lora_a") for path in found)
+    for path, leaf in expected.items():
+        np.testing.assert_allclose(found[path], leaf, rtol=0, atol=1e-4)
 
 
 def test_the_winner_answers_like_any_run(swept, capsys):
@@ -119,6 +147,16 @@ def test_a_browser_shows_the_page(swept, tmp_path):
     shown = imread(shot)
     # The verdict's bar, and a curve's colour.
     assert len(np.unique(shown.reshape(-1, shown.shape[-1]), axis=0)) > 100
+
+
+def test_the_bar_shows_the_best_of_every_rank_over_its_seeds():
+    for metric, shown in (("accuracy", "4: 0.900"), ("loss", "4: 0.500")):
+        console = Console(force_terminal=True, width=160, file=io.StringIO())
+        with progress(console, metric) as show:
+            for seed, value in enumerate((0.9, 0.5, 0.7)):
+                show(Judged(Member(4, 1e-3, seed), 5, {metric: value}, True, None))
+            show(Progressed(5, 10, (1, 1), {}, 1.0))
+        assert shown in console.file.getvalue()
 
 
 def test_what_a_page_is_given_can_not_end_its_script(swept):

@@ -32,6 +32,7 @@ from jlora.core.errors import complain, nearest
 from jlora.core.layouts import fans
 from jlora.core.paths import Path as Slashes
 from jlora.core.paths import Tree, flatten
+from jlora.core.targets import matcher
 from jlora.core.tree import kernels, split
 from jlora.interop.huggingface import LoadedModel, shapes
 from jlora.recipes import runs
@@ -97,7 +98,9 @@ def sweep(
         fix = "take longer texts, or a larger data.max_length."
         raise ValueError(complain("sweep", "the validation data have nothing to measure.", [], fix))
     jobs = {seed: job_of(config, task, rows, seed) for seed in grid["seeds"]}
-    steps = next(iter(jobs.values())).steps
+    # Seeds change the order of the batches, and nothing of their number and shapes.
+    first = next(iter(jobs.values()))
+    steps, per_epoch = first.steps, len(first.batches)
     members = Members(config, out, corpus, task, limits(config, loaded))
     streams = lockstep(jobs)
     with progress(console, metric) as show:
@@ -110,7 +113,7 @@ def sweep(
         result = search(
             task.loss_fn(config.adapter.dropout),
             members.start,
-            lambda seed: streams(seed),
+            streams,
             lambda params: scores(task, params, rows["validation"]),
             steps=steps,
             metric=metric,
@@ -121,7 +124,7 @@ def sweep(
             train=task.trained,
             accumulate=config.optimisation.accumulate,
             clip=config.optimisation.clip,
-            evaluate_every=config.run.evaluate_every or len(next(iter(jobs.values())).batches),
+            evaluate_every=config.run.evaluate_every or per_epoch,
             fetch_every=config.output.log_every,
             patience=config.run.patience,
             max_skipped=config.optimisation.max_skipped,
@@ -129,7 +132,7 @@ def sweep(
             noise=spread(metric, len(rows["validation"])),
             at_once=at_once,
             memory=memory,
-            example=prepare(next(iter(jobs.values())).largest).batch,
+            example=prepare(first.largest).batch,
             tell=tell,
         )
     found = result.as_dict() | {"peak_memory_bytes": peak_memory(), "capped": members.capped(grid["ranks"])}
@@ -203,7 +206,10 @@ def job_of(config: Config, task: Task, rows: Mapping[str, Sequence[Row]], seed: 
 
 
 def lockstep(jobs: Mapping[int, Job]) -> Callable[[int], Iterator[Any]]:
-    """The batches of every seed; in each step those of all seeds are filled up to the longest of them."""
+    """The batches of every seed; in each step those of all seeds are filled up to the longest of them.
+
+    That changes nothing of what is learnt, but for dropout: a longer row draws other masks than a run of its own would.
+    """
 
     def all_of() -> Iterator[tuple[Any, ...]]:
         streams = [
@@ -249,11 +255,19 @@ def spread(metric: str, rows: int) -> Callable[[float], float] | None:
 
 
 def limits(config: Config, loaded: LoadedModel) -> dict[Slashes, int]:
-    """The highest rank that every targeted kernel has room for."""
-    lowest = replace(config, adapter=replace(config.adapter, rank=1, alpha=None, ranks={}))
-    tree = runs.wrap_base(lowest, replace(loaded, params=shapes(loaded.model, config.model.dtype)))
-    leaves = flatten(tree)
-    return {path: min(fans(leaves[path].shape, layout)) for path, layout in kernels("sweep", tree).items()}
+    """The highest rank that every kernel without a rank of its own has room for."""
+    tree = runs.wrap_base(lowest(config), replace(loaded, params=shapes(loaded.model, config.model.dtype)))
+    leaves, own = flatten(tree), [matcher(pattern) for pattern in config.adapter.ranks]
+    return {
+        path: min(fans(leaves[path].shape, layout))
+        for path, layout in kernels("sweep", tree).items()
+        if not any(matches(path) for matches in own)
+    }
+
+
+def lowest(config: Config) -> Config:
+    """The job at rank 1, which every kernel has room for."""
+    return replace(config, adapter=replace(config.adapter, rank=1, alpha=None))
 
 
 def name_of(member: Member) -> str:
@@ -285,8 +299,7 @@ class Members:
     def optimizer(self, steps: int) -> Callable[[Any], Any]:
         """The job's optimizer at a learning rate."""
         options = self.config.optimisation
-        lowest = replace(self.config, adapter=replace(self.config.adapter, rank=1, ranks={}))
-        adapters, _ = split(runs.wrap_base(lowest, self.task.loaded), self.task.trained)
+        adapters, _ = split(runs.wrap_base(lowest(self.config), self.task.loaded), self.task.trained)
         return lambda rate: make_optimizer(replace(options, learning_rate=rate), steps, adapters)
 
     def save(self, event: Judged) -> None:
@@ -315,6 +328,7 @@ class Members:
 def progress(console: Console, metric: str) -> Iterator[Callable[[Judged | Progressed], None]]:
     """Shows how a sweep goes on: a bar on a terminal, a line an evaluation elsewhere."""
     best: dict[int, float] = {}
+    better = min if metric in FALLS else max
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -329,8 +343,8 @@ def progress(console: Console, metric: str) -> Iterator[Callable[[Judged | Progr
     def show(event: Judged | Progressed) -> None:
         if isinstance(event, Judged):
             value = event.metrics[metric]
-            if event.best:
-                best[event.member.rank] = value
+            if event.best and not math.isnan(value):
+                best[event.member.rank] = better(value, best.get(event.member.rank, value))
             if not console.is_terminal:
                 mark = "  best" if event.best else ""
                 line = f"step {event.step}  {event.member}  validation {metric} {value:.4f}{mark}"
