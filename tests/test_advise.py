@@ -56,6 +56,10 @@ def test_no_rank_is_advised_that_a_kernel_has_no_room_for(tiny):
     found = advise("causal_lm", examples=154, model=tiny)
     assert (found.low, found.rank, found.high) == (8, 8, 8)
     assert "The smallest kernel has room for rank 8" in str(found)
+    # Those of the feed-forward layers are larger.
+    assert advise("causal_lm", examples=154, model=tiny, targets=".*(gate|up|down)_proj/kernel").rank == 16
+    with pytest.raises(ValueError, match="matched no kernel"):
+        advise("causal_lm", examples=154, model=tiny, targets="nothing")
 
 
 def test_memory_lowers_the_rank_to_one_whose_step_the_plan_finds_to_fit(tiny):
@@ -72,9 +76,12 @@ def test_memory_lowers_the_rank_to_one_whose_step_the_plan_finds_to_fit(tiny):
 
 def test_what_can_not_be_advised_on_is_one_error():
     with pytest.raises(ValueError) as error:
-        advise("token_clasification", examples=0, difficulty="hard", memory="24GB", batch_size=4)
+        advise("token_clasification", examples=0, difficulty="hard", memory="24GB", targets=".*", batch_size=4)
     for words in ("nearest: token_classification", "examples = 0", "difficulty = 'hard'", "memory = '24GB'", "Fix:"):
         assert words in str(error.value)
+    assert "targets = '.*'  is of no use without a model" in str(error.value)
+    with pytest.raises(ValueError, match="batch_size = 4  is of no use without memory"):
+        advise("causal_lm", examples=154, model="somewhere", batch_size=4)
 
 
 def test_the_command_says_the_same_and_reads_a_job(tiny, tmp_path, capsys):

@@ -40,7 +40,7 @@ def show(
         job = configs.read(config)
         task, model = task or job.data.task, model or job.model.name
         examples = len(read(job).splits["train"]) if examples is None else examples
-        settings = step_of(job) if memory is not None else {}
+        settings = {"targets": job.adapter.targets} | (step_of(job) if memory is not None else {})
     missing = [f"--{name}" for name, value in {"task": task, "examples": examples}.items() if value is None]
     if missing:
         raise ValueError(complain("advise", "too little is known.", missing, "give them, or a job with --config."))
@@ -60,5 +60,4 @@ def step_of(job: configs.Config) -> dict[str, Any]:
         "scan": job.model.scan,
         "remat": job.model.remat,
         "dropout": job.adapter.dropout,
-        "targets": job.adapter.targets,
     }

@@ -87,6 +87,7 @@ def advise(
     examples: int,
     difficulty: Difficulty | None = None,
     model: str | Path | LoadedModel | None = None,
+    targets: str | None = None,
     memory: int | str | None = None,
     **settings: Any,
 ) -> Advice:
@@ -98,14 +99,15 @@ def advise(
         difficulty: "simple", "medium" or "complex"; None for what the task most often is.
         model: a folder in Hugging Face form, a name on the hub, or what `load_model` gave: no rank is advised that its
             kernels have no room for. Of a folder or name config.json alone is read.
+        targets: regular expression for the paths of its kernels that are adapted; None for all but the head.
         memory: what there is, in bytes or as "24GB": no rank is advised whose step `jlora.plan` finds too large for it.
         settings: of the step, as `jlora.plan` takes them: batch_size, sequence, dtype and others.
 
     Raises:
-        ValueError: an unknown task or difficulty, no examples, memory or settings without a model, or a model of which
-            no step fits.
+        ValueError: an unknown task or difficulty, no examples, targets or memory without a model, settings without
+            memory, targets that match nothing, or a model of which no step fits.
     """
-    _check(task, examples, difficulty, model, memory, settings)
+    _check(task, examples, difficulty, model, {"targets": targets, "memory": memory}, settings)
     kind, why = KINDS[task]
     level = difficulty or kind
     band = BANDS[level]
@@ -120,12 +122,12 @@ def advise(
     size = None
     if model is not None:
         loaded = model if isinstance(model, LoadedModel) else load_model(model, abstract=True)
-        most = _room(loaded)
+        most = _room(loaded, targets)
         if most < high:
             low, rank, high = (min(value, _power(most)) for value in (low, rank, high))
             reasons.append(f"The smallest kernel has room for rank {most}: no more than {high}.")
         if memory is not None:
-            wanted = Settings(task=task, **settings)  # type: ignore[arg-type]
+            wanted = Settings(task=task, targets=targets, **settings)  # type: ignore[arg-type]
             rank, high, size, said = _fit(loaded, read_memory(memory), rank, high, wanted)
             low = min(low, rank)
             reasons += said
@@ -148,7 +150,9 @@ def advise(
     )
 
 
-def _check(task: str, examples: int, difficulty: Any, model: Any, memory: Any, settings: dict[str, Any]) -> None:
+def _check(
+    task: str, examples: int, difficulty: Any, model: Any, of_model: dict[str, Any], settings: dict[str, Any]
+) -> None:
     wrong = []
     if task not in TASKS:
         wrong.append(f"task = {task!r}  nearest: {nearest(task, TASKS, 1)[0]}; known: {', '.join(TASKS)}")
@@ -156,16 +160,17 @@ def _check(task: str, examples: int, difficulty: Any, model: Any, memory: Any, s
         wrong.append(f"examples = {examples!r}  expected: a whole number from 1")
     if difficulty is not None and difficulty not in BANDS:
         wrong.append(f"difficulty = {difficulty!r}  known: {', '.join(get_args(Difficulty))}")
-    for name, value in {"memory": memory, **settings}.items():
-        if value is not None and (model is None or (memory is None and name != "memory")):
-            wrong.append(f"{name} = {value!r}  is of no use without {'a model' if model is None else 'a memory'}")
+    for name, value in (of_model | settings).items():
+        lack = "a model" if model is None else "memory" if name in settings and of_model["memory"] is None else None
+        if value is not None and lack:
+            wrong.append(f"{name} = {value!r}  is of no use without {lack}")
     if wrong:
         raise ValueError(complain("advise", "nothing can be advised.", wrong, "correct them."))
 
 
-def _room(loaded: LoadedModel) -> int:
+def _room(loaded: LoadedModel, targets: str | None) -> int:
     """The highest rank that all targeted kernels have room for."""
-    tree = wrap(loaded.params, 1, targets=loaded.model.lora_targets, layout=loaded.model.lora_layout)
+    tree = wrap(loaded.params, 1, targets=targets or loaded.model.lora_targets, layout=loaded.model.lora_layout)
     leaves = flatten(tree)
     return min(min(fans(leaves[path].shape, layout)) for path, layout in kernels("advise", tree).items())
 
