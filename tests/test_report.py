@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jlora.cli.main import main
 from jlora.cli.report import page
-from jlora.cli.sweep import progress
+from jlora.cli.sweep import name_of, progress
 from jlora.core.paths import flatten
 from jlora.recipes import runs
 from jlora.recipes.curves import rising
@@ -54,9 +54,7 @@ def test_a_members_folder_is_what_training_its_job_alone_gives(member, swept, tm
         assert found[path].shape == leaf.shape
         np.testing.assert_allclose(found[path], leaf, rtol=0, atol=1e-4)
     numbers = json.loads((swept / "sweep.json").read_text())
-    (told,) = [
-        m for m in numbers["members"] if f"rank-{m['rank']}_lr-{m['learning_rate']:g}_seed-{m['seed']}" == member
-    ]
+    (told,) = [m for m in numbers["members"] if f"rank-{m['rank']}_lr-{m['learning_rate']}_seed-{m['seed']}" == member]
     result = json.loads((tmp_path / "alone" / "result.json").read_text())
     assert (told["best_accuracy"], told["best_step"]) == (result["best"]["accuracy"], result["best_step"])
     assert told["trainable"] == result["trainable"]
@@ -149,6 +147,11 @@ def test_a_browser_shows_the_page(swept, tmp_path):
     assert len(np.unique(shown.reshape(-1, shown.shape[-1]), axis=0)) > 100
 
 
+def test_rates_that_differ_have_folders_that_do():
+    assert name_of(Member(4, 0.00123456781, 0)) != name_of(Member(4, 0.00123456782, 0))
+    assert name_of(Member(4, 1e-3, 0)) == "rank-4_lr-0.001_seed-0"
+
+
 def test_the_bar_shows_the_best_of_every_rank_over_its_seeds():
     for metric, shown in (("accuracy", "4: 0.900"), ("loss", "4: 0.500")):
         console = Console(force_terminal=True, width=160, file=io.StringIO())
@@ -220,6 +223,9 @@ def test_less_is_better_where_it_is_a_loss_and_a_tolerance_may_be_given():
     trials = [trial(4, 1.30), trial(8, 1.02), trial(16, 1.00)]
     assert recommend(trials, metric="loss", maximize=False).rank == 16
     assert recommend(trials, metric="loss", maximize=False, tolerance=0.03).rank == 8
+    shares = [trial(4, 0.90), trial(8, 0.92)]
+    assert recommend(shares, metric="accuracy", maximize=True, tolerance=0.02).rank == 4
+    assert recommend(shares, metric="accuracy", maximize=True, tolerance=0.0199).rank == 8
     assert recommend(trials, metric="loss", maximize=False, noise=lambda value: 0.5 * value).rank == 4
 
 

@@ -272,7 +272,7 @@ def lowest(config: Config) -> Config:
 
 def name_of(member: Member) -> str:
     """The folder of a member."""
-    return f"rank-{member.rank}_lr-{member.learning_rate:g}_seed-{member.seed}"
+    return f"rank-{member.rank}_lr-{member.learning_rate}_seed-{member.seed}"
 
 
 class Members:

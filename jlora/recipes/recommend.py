@@ -112,7 +112,9 @@ def recommend(
     sign = 1 if maximize else -1
     best = max(grades, key=lambda grade: (sign * grade.mean, -grade.rank))
     slack, whence = _slack(best, tolerance, noise)
-    enough = [grade for grade in grades if sign * (best.mean - grade.mean) <= slack]
+    # 0.92 - 0.90 is above 0.02 in floating point.
+    rounding = 1e-12 * abs(best.mean)
+    enough = [grade for grade in grades if sign * (best.mean - grade.mean) <= slack + rounding]
     chosen = enough[0]
     reasons = [
         f"The best validation {metric} is {_number(best)}, at rank {best.rank}.",
