@@ -9,7 +9,6 @@
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import math
@@ -190,10 +189,17 @@ def check_folder(config: Config, out: Path, overwrite: bool) -> None:
     """
     if config.run.mesh is not None or jax.process_count() > 1:
         fix = "leave run.mesh out, or train the ranks one by one."
-        raise ValueError(complain("sweep", "a sweep runs on one device.", [f"run.mesh = {config.run.mesh!r}"], fix))
+        raise ValueError(
+            complain(
+                "sweep",
+                "a sweep runs on one device.",
+                [f"run.mesh = {config.run.mesh!r}, processes: {jax.process_count()}"],
+                fix,
+            )
+        )
     runs.check_writable("sweep", out, "--out")
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    foreign = [name for name in there if name not in FILES]
+    foreign = [name for name in there if name.removesuffix(".tmp") not in FILES]
     if foreign or (there and not overwrite):
         fix = "choose another --out" + ("." if foreign else ", or pass --overwrite.")
         raise FileExistsError(complain("sweep", f"{out} is not empty.", (foreign or there)[:5], fix))
@@ -280,6 +286,7 @@ class Members:
 
     def __init__(self, config: Config, out: Path, corpus: Corpus, task: Task, most: Mapping[Slashes, int]):
         self.config, self.out, self.corpus, self.task, self.most = config, out, corpus, task, most
+        self.begun = False
 
     def job(self, member: Member) -> Config:
         """The job that would train this member alone: kernels without room for its rank have the highest they can."""
@@ -304,24 +311,27 @@ class Members:
 
     def save(self, event: Judged) -> None:
         """Writes a member's best adapter, as a run's folder."""
-        self.clear()
+        if not self.begun:
+            # Not before there is something to put in its place.
+            clear(self.out)
+            self.begun = True
         job = self.job(event.member)
         if not (job.output.folder / runs.CONFIG).exists():
             runs.begin_run(job, self.corpus.labels, self.corpus.answers)
         runs.save_best(job.output.folder, event.params, self.task)
 
-    @functools.cache  # noqa: B019
-    def clear(self) -> None:
-        """Removes an earlier sweep, once there is something to put in its place."""
-        for path in (self.out / name for name in FILES):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
     def capped(self, ranks: Sequence[int]) -> dict[Slashes, int]:
         """The kernels that have no room for the largest rank, with what they have room for."""
         return {path: most for path, most in self.most.items() if most < max(ranks)}
+
+
+def clear(out: Path) -> None:
+    """Removes an earlier sweep."""
+    for path in (out / name for name in FILES):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
