@@ -669,7 +669,7 @@ class _Runner:
                 self.leave("stopped early", [n < steps and slow for slow in late])
             if not any(self.active):
                 break
-            each, pending = self.shared.each(self.group, self.active), []
+            each, pending = each._replace(active=jnp.asarray(self.active)), []
             mark = time.perf_counter()
         return self.outcomes
 
