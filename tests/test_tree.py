@@ -189,6 +189,28 @@ def test_targets_set_ranks_and_alphas_by_kernel_and_the_first_match_wins() -> No
     }
 
 
+def test_a_rank_is_capped_by_kernel_only_when_asked_and_the_summary_marks_it() -> None:
+    params = {"body": {"kernel": jnp.ones((32, 16))}, "score": {"kernel": jnp.ones((32, 2))}}
+    with pytest.raises(
+        ValueError, match=r"'score/kernel' float32\[32, 2\]  rank 8, allowed 1 to 2(.|\n)*cap_rank=True"
+    ):
+        jlora.wrap(params, rank=8)
+    capped = jlora.wrap(params, rank=8, alpha=16, cap_rank=True)
+    rows = {row.path: (row.rank, row.max_rank, row.scaling) for row in jlora.summary(capped).rows}
+    assert rows == {"body/kernel": (8, 16, 2.0), "score/kernel": (2, 2, 8.0)}
+    lines = str(jlora.summary(capped)).splitlines()
+    assert " 8 " in lines[1] and "(max)" not in lines[1] and " 2 (max) " in lines[2]
+    # The capped kernel's adapter is the one that its rank alone gives.
+    alone = jlora.wrap(params, targets={("score",): jlora.Rule(rank=2, alpha=16)})
+    jax.tree.map(np.testing.assert_array_equal, alone["score"], capped["score"])
+
+
+def test_a_capped_rank_must_still_be_a_whole_number_from_1() -> None:
+    for rank, kind in ((0, ValueError), (2.5, TypeError), (True, TypeError)):
+        with pytest.raises(kind, match="rank"):
+            jlora.wrap(dense(6, 4), rank=rank, cap_rank=True)
+
+
 def test_embedding_tables_are_wrapped_only_when_named() -> None:
     plain, named = jlora.wrap(tree(), 2), jlora.wrap(tree(), 2, targets=["embeddings"])
     assert "embedding_lora_a" not in plain["embeddings"]

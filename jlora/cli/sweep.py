@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import operator
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jlora.cli.report import PAGE, PICTURE, write_report
 from jlora.cli.train import peak_memory, read, rows_of
 from jlora.core.errors import complain, nearest
-from jlora.core.layouts import fans
+from jlora.core.layouts import max_rank
 from jlora.core.paths import Path as Slashes
 from jlora.core.paths import Tree, flatten
 from jlora.core.targets import matcher
@@ -265,7 +264,7 @@ def limits(config: Config, loaded: LoadedModel) -> dict[Slashes, int]:
     tree = runs.wrap_base(lowest(config), replace(loaded, params=shapes(loaded.model, config.model.dtype)))
     leaves, own = flatten(tree), [matcher(pattern) for pattern in config.adapter.ranks]
     return {
-        path: min(fans(leaves[path].shape, layout))
+        path: max_rank(leaves[path].shape, layout)
         for path, layout in kernels("sweep", tree).items()
         if not any(matches(path) for matches in own)
     }
@@ -290,11 +289,9 @@ class Members:
 
     def job(self, member: Member) -> Config:
         """The job that would train this member alone: kernels without room for its rank have the highest they can."""
-        adapter, rank = self.config.adapter, member.rank
-        capped = {re.escape(path): most for path, most in self.most.items() if most < rank}
         return replace(
             self.config,
-            adapter=replace(adapter, rank=rank, ranks={**adapter.ranks, **capped}),
+            adapter=replace(self.config.adapter, rank=member.rank, cap_rank=True),
             optimisation=replace(self.config.optimisation, learning_rate=member.learning_rate, seed=member.seed),
             output=replace(self.config.output, folder=self.out / MEMBERS / name_of(member)),
         )

@@ -119,6 +119,11 @@ def fans(shape: Shape, layout: Layout) -> tuple[int, int]:
     )  # type: ignore[return-value]
 
 
+def max_rank(shape: Shape, layout: Layout) -> int:
+    """The highest rank that a kernel can hold: the smaller of its in and out sizes."""
+    return min(fans(shape, layout))
+
+
 def align(
     a: Float[Array, "..."], b: Float[Array, "..."], scaling: Float[Array, "..."], layout: Layout
 ) -> tuple[Float[Array, "*axes rank"], Float[Array, "*axes rank"]]:

@@ -42,6 +42,7 @@ def wrap(
     key: Key[Array, ""] | None = None,
     rslora: bool = False,
     init: Initializer = uniform,
+    cap_rank: bool = False,
 ) -> Tree:
     """Puts the leaves of a low-rank adapter beside each target kernel. B is zero, so nothing changes yet.
 
@@ -69,6 +70,8 @@ def wrap(
       rslora: scale by alpha / sqrt(rank) instead.
       init: draws A as a (fan_in, rank) matrix for each stacked kernel, with the arguments of
         `jax.nn.initializers`: key, shape, dtype.
+      cap_rank: a kernel without room for its rank gets the highest rank it can hold, instead of an error. The capped
+        rank is the one that alpha is divided by. `summary` marks these kernels.
 
     Returns:
       The tree with the new leaves; containers and boxes keep their kinds. Leaves of a float16 or bfloat16 kernel's
@@ -88,8 +91,11 @@ def wrap(
     given = _given(leaves, layout or {})
     told = _layouts(leaves, given)
     chosen = _choose(leaves, targets, None if layout is None else given)
-    rules = {path: _complete(rule, rank, alpha) for path, rule in chosen.items()}
-    _check_kernels(leaves, rules, told)
+    _check_kernels(leaves, chosen, told)
+    limits = {path: layouts.max_rank(tuple(leaves[path].shape), told[path]) for path in chosen}
+    caps = limits if cap_rank else {}
+    rules = {path: _complete(rule, rank, alpha, caps.get(path)) for path, rule in chosen.items()}
+    _check_ranks(rules, leaves, limits)
     key = jax.random.key(0) if key is None else key
 
     def pair(path: Path, kernel: Any) -> tuple[Any, Any, Any]:
@@ -191,15 +197,20 @@ class _Size(NamedTuple):
     alpha: float
 
 
-def _complete(rule: Rule, rank: int, alpha: float | None) -> _Size:
+def _complete(rule: Rule, rank: int, alpha: float | None, cap: int | None) -> _Size:
     own = rank if rule.rank is None else rule.rank
+    own = min(own, cap) if cap is not None and isinstance(own, int) else own
     wide = alpha if rule.alpha is None else rule.alpha
     return _Size(own, own if wide is None else wide)
 
 
-def _check_kernels(leaves: Mapping[Path, Any], rules: Mapping[Path, _Size], told: Mapping[Path, Layout]) -> None:
+def _describe(leaves: Mapping[Path, Any], paths: Iterable[Path]) -> dict[Path, str]:
+    return {path: f"{path!r} {leaves[path].dtype}{list(leaves[path].shape)}" for path in paths}
+
+
+def _check_kernels(leaves: Mapping[Path, Any], rules: Iterable[Path], told: Mapping[Path, Layout]) -> None:
     shape = {path: tuple(leaves[path].shape) for path in rules}
-    described = {path: f"{path!r} {leaves[path].dtype}{list(shape[path])}" for path in rules}
+    described = _describe(leaves, rules)
     whole = [described[p] for p in rules if not jnp.issubdtype(leaves[p].dtype, jnp.floating)]
     if whole:
         raise ValueError(
@@ -231,10 +242,10 @@ def _check_kernels(leaves: Mapping[Path, Any], rules: Mapping[Path, _Size], told
                 "give one letter an axis, s, i, o or v, with at least one in (i or v) and one out (o).",
             )
         )
-    _check_ranks(rules, described, {p: min(layouts.fans(shape[p], told[p])) for p in rules})
 
 
-def _check_ranks(rules: Mapping[Path, _Size], described: Mapping[Path, str], most: Mapping[Path, int]) -> None:
+def _check_ranks(rules: Mapping[Path, _Size], leaves: Mapping[Path, Any], most: Mapping[Path, int]) -> None:
+    described = _describe(leaves, rules)
     odd = [described[p] for p, r in rules.items() if not isinstance(r.rank, int) or isinstance(r.rank, bool)]
     if odd:
         raise TypeError(complain("wrap", "the rank must be an int.", odd, "pass a whole number from 1."))
@@ -247,8 +258,9 @@ def _check_ranks(rules: Mapping[Path, _Size], described: Mapping[Path, str], mos
                 "wrap",
                 f"the rank is out of range for {count(len(wrong), 'kernel')}.",
                 wrong,
-                "choose a rank from 1 to the smaller of the kernel's in and out sizes, or set it by kernel with "
-                "targets={pattern: rank}.",
+                "choose a rank from 1 to the smaller of the kernel's in and out sizes, set it by kernel with "
+                "targets={pattern: rank}, or pass cap_rank=True (in a config, adapter.cap_rank = true), which gives "
+                "each kernel at most the highest rank it can hold.",
             )
         )
     wrong = [f"{described[p]}  alpha {r.alpha}" for p, r in rules.items() if not 0 < r.alpha < math.inf]
@@ -479,6 +491,7 @@ class Row(NamedTuple):
       scaling: alpha / rank, the first one of a stack; None where the tree is abstract.
       trainable: parameters trained for it.
       total: parameters it has itself.
+      max_rank: the highest rank that the kernel can hold, the smaller of its in and out sizes; None where rank is.
     """
 
     path: Path
@@ -487,10 +500,11 @@ class Row(NamedTuple):
     scaling: float | None
     trainable: int
     total: int
+    max_rank: int | None = None
 
 
 class Summary(NamedTuple):
-    """What trains in a wrapped tree; `str()` is a table.
+    """What trains in a wrapped tree; `str()` is a table, in which "(max)" marks the highest rank a kernel can hold.
 
     Attributes:
       rows: one for every kernel with an adapter and every leaf trained in full.
@@ -510,10 +524,8 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         cells = [("path", "shape", "rank", "scaling", "parameters", "trained")]
         for row in self.rows:
-            rank, scaling = (
-                "full" if row.rank is None else str(row.rank),
-                "" if row.scaling is None else f"{row.scaling:g}",
-            )
+            rank = "full" if row.rank is None else f"{row.rank} (max)" if row.rank == row.max_rank else str(row.rank)
+            scaling = "" if row.scaling is None else f"{row.scaling:g}"
             share = f"{100 * row.trainable / row.total:.2f} %"
             cells.append((row.path, " x ".join(map(str, row.shape)), rank, scaling, f"{row.trainable:,}", share))
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -537,7 +549,7 @@ def summary(params: Tree, train: Pattern = ()) -> Summary:
     leaves = flatten(params)
     chosen = _trains("summary", params, train)
     rows = [
-        _row(path, leaves, path in told)
+        _row(path, leaves, told.get(path))
         for path in leaves
         if path in told or (chosen(path, None) and not adapter_leaf(path))
     ]
@@ -545,11 +557,12 @@ def summary(params: Tree, train: Pattern = ()) -> Summary:
     return Summary(tuple(rows), sum(row.trainable for row in rows), total)
 
 
-def _row(path: Path, leaves: Mapping[Path, Any], adapted: bool) -> Row:
+def _row(path: Path, leaves: Mapping[Path, Any], layout: Layout | None) -> Row:
     shape = tuple(leaves[path].shape)
     size = math.prod(shape)
-    if not adapted:
+    if layout is None:
         return Row(path, shape, None, None, size, size)
     a, b, scaling = (leaves[path + affix] for affix in AFFIXES)
     known = None if isinstance(scaling, jax.ShapeDtypeStruct) else float(jnp.ravel(scaling)[0])
-    return Row(path, shape, a.shape[-1], known, math.prod(a.shape) + math.prod(b.shape), size)
+    trained = math.prod(a.shape) + math.prod(b.shape)
+    return Row(path, shape, a.shape[-1], known, trained, size, layouts.max_rank(shape, layout))

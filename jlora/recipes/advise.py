@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from jlora.core.errors import complain, nearest
-from jlora.core.layouts import fans
+from jlora.core.layouts import max_rank
 from jlora.core.paths import flatten
 from jlora.core.tree import kernels, wrap
 from jlora.interop.huggingface import LoadedModel, load_model
@@ -172,7 +172,7 @@ def _room(loaded: LoadedModel, targets: str | None) -> int:
     """The highest rank that all targeted kernels have room for."""
     tree = wrap(loaded.params, 1, targets=targets or loaded.model.lora_targets, layout=loaded.model.lora_layout)
     leaves = flatten(tree)
-    return min(min(fans(leaves[path].shape, layout)) for path, layout in kernels("advise", tree).items())
+    return min(max_rank(leaves[path].shape, layout) for path, layout in kernels("advise", tree).items())
 
 
 def _power(number: int) -> int:

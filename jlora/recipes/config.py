@@ -116,6 +116,7 @@ class Adapter:
         ranks: ranks of their own, by regular expression; the first match wins, what matches none has `rank`
         dropout: share of an adapter's input that is dropped while training
         rslora: scale by alpha / sqrt(rank) instead
+        cap_rank: give a kernel without room for its rank the highest rank it can hold, instead of an error
         init: how A is drawn
     """
 
@@ -125,6 +126,7 @@ class Adapter:
     ranks: dict[str, int] = field(default_factory=dict)
     dropout: Annotated[float, Range(0, 0.9)] = 0.0
     rslora: bool = False
+    cap_rank: bool = False
     init: Literal["uniform", "normal", "orthogonal"] = "uniform"
 
 

@@ -120,6 +120,7 @@ def wrap_base(config: Config, loaded: LoadedModel) -> Tree:
         key=jax.random.fold_in(jax.random.key(config.optimisation.seed), 1),
         rslora=adapter.rslora,
         init=INITIALIZERS[adapter.init],
+        cap_rank=adapter.cap_rank,
     )
 
 
