@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -209,6 +210,9 @@ def test_answers_are_learnt_through_the_chat_template(llama, tmp_path, capsys):
     assert verb == "ask" and topic in tiny_job.TOPICS
     counted = sum(len(record["answer"].split()) + 1 for record in tiny_job.chats("train"))
     assert sum(line["targets"] for line in lines(run) if line["event"] == "step") == 6 * counted
+    long = [{"question": " ".join(tiny_job.words() * 2), "answer": "ask refund"}]
+    data = tiny_job.write_lines(tmp_path / "long.jsonl", long)
+    assert "eval: 1 split without a token" in mistake(capsys, "eval", str(run), "--data", str(data))
 
 
 def test_python_m_jlora_runs_both_commands(fresh):
@@ -331,3 +335,23 @@ def test_unknown_flags_exit_with_2_and_help_shows_every_key_with_the_files_value
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
+
+
+def test_a_bfloat16_classifier_ends_with_its_result_though_near_ties_are_rounded_otherwise(fresh):
+    pairs = itertools.islice(itertools.permutations(tiny_job.words(), 2), 600)
+    tiny_job.write_lines(fresh.parent / "test.jsonl", [{"text": f"{a} {b} {a}", "label": "refund"} for a, b in pairs])
+    assert main(["train", str(fresh), "--model.dtype", "bfloat16", "--data.allow-overlap"]) == 0
+    result = json.loads((fresh.parent / "run" / "result.json").read_text())
+    assert result["warnings"] == []
+    # More than one unit in the last place of bfloat16 at 4.
+    assert result["merged_difference"] > 2**-6
+
+
+def test_a_split_without_a_target_is_an_error_before_training(llama, tmp_path, capsys):
+    toml = tiny_job.make_other_job(tmp_path / "job", llama, "instruction")
+    long = [{"question": " ".join(tiny_job.words() * 2), "answer": "ask refund"}]
+    tiny_job.write_lines(toml.parent / "validation.jsonl", long)
+    for command in ("train", "sweep"):
+        text = mistake(capsys, command, str(toml))
+        assert f"{command}: 1 split without a token to learn or to measure.\n  validation  max_length = 32 " in text
+    assert [path.name for path in toml.parent.iterdir() if path.is_dir()] == []

@@ -164,6 +164,28 @@ def test_inspect_draws_what_an_adapter_used_of_its_rank_and_says_it(trained, cap
     assert "effective rank" not in capsys.readouterr().out
 
 
+def test_folders_may_be_given_by_relative_paths(trained, tmp_path, capsys, monkeypatch):
+    run = trained["causal_lm"]
+    monkeypatch.chdir(run.parent)
+    for argv in (
+        ["inspect", run.name],
+        ["inspect", f"{run.name}/adapter", "--spectrum"],
+        ["eval", run.name, "--data", "validation.jsonl"],
+        ["merge", run.name, "--out", f"{tmp_path.name} 1/merged model"],
+        ["generate", f"{tmp_path.name} 1/merged model", "where is", "--max-new-tokens", "2"],
+        ["export", run.name, "--out", f"{tmp_path.name} 1/peft adapter"],
+        ["inspect", f"{tmp_path.name} 1/peft adapter"],
+        ["predict", run.name, "where is"],
+    ):
+        assert main(argv) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert [main(["inspect", str(folder), "--json"]) for folder in (run, run.name)] == [0, 0]
+    absolute, relative = (
+        json.loads(part) for part in re.split(r"(?<=^\})\n", capsys.readouterr().out.strip(), flags=re.M)
+    )
+    assert relative == absolute | {"folder": run.name}
+
+
 def stand_ins(folder: Path, models: dict, trained: dict) -> dict[str, str]:
     """What the words of the documents stand for here."""
     return {

@@ -9,6 +9,7 @@ from jlora.cli.show import result_table
 from jlora.cli.train import fields_of, rows_of
 from jlora.core.errors import complain
 from jlora.core.tree import merge
+from jlora.recipes.batches import check_targets
 from jlora.recipes.readers import read_corpus
 from jlora.recipes.runs import load_run
 
@@ -41,6 +42,7 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
     )
     corpus = corpus._replace(labels=run.task.labels)
     rows = rows_of(run.config, run.task.loaded.tokenizer, corpus, "test").rows
+    check_targets("eval", {"test": rows}, run.config.data.max_length)
     scores = run.task.score(merge(run.params), rows, merged=True)
     found = {"loss": scores.loss, **scores.metrics}
     if as_json:

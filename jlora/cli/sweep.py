@@ -34,7 +34,7 @@ from jlora.core.targets import matcher
 from jlora.core.tree import kernels, split
 from jlora.interop.huggingface import LoadedModel, shapes
 from jlora.recipes import runs
-from jlora.recipes.batches import Row
+from jlora.recipes.batches import Row, check_targets
 from jlora.recipes.config import Config
 from jlora.recipes.fit import Job, make_optimizer, prepare
 from jlora.recipes.readers import Corpus
@@ -92,9 +92,7 @@ def sweep(
     loaded = runs.load_base(config, corpus.labels)
     task = TASKS[config.data.task](config, loaded, corpus.labels)
     rows = {name: rows_of(config, loaded.tokenizer, corpus, name).rows for name in ("train", "validation")}
-    if not rows["validation"]:
-        fix = "take longer texts, or a larger data.max_length."
-        raise ValueError(complain("sweep", "the validation data have nothing to measure.", [], fix))
+    check_targets("sweep", rows, config.data.max_length)
     jobs = {seed: job_of(config, task, rows, seed) for seed in grid["seeds"]}
     # Seeds change the order of the batches, and nothing of their number and shapes.
     first = next(iter(jobs.values()))

@@ -1,6 +1,6 @@
 """Records to tokenised rows, rows to batches of few static shapes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import grain
@@ -86,6 +86,26 @@ def make_rows(tokenizer: Any, records: Sequence[Record], *, max_length: int, lab
     if isinstance(first, Tagged):
         return _tag_rows(tokenizer, known, labels, max_length)
     return (_text_rows if isinstance(first, Text) else _chat_rows)(tokenizer, known, max_length)
+
+
+def check_targets(who: str, splits: Mapping[str, Sequence[Row]], max_length: int) -> None:
+    """Checks that every split has a target that counts: without one its mean loss is undefined.
+
+    Args:
+        who: the command that reads the splits.
+        splits: the rows of every split, by its name.
+        max_length: the tokens of a row, for the error.
+
+    Raises:
+        ValueError: splits without a target; they are listed.
+    """
+    empty = [name for name, rows in splits.items() if not any(row.weights.any() for row in rows)]
+    if empty:
+        problem = f"{count(len(empty), 'split')} without a token to learn or to measure."
+        offenders = [
+            f"{name}  max_length = {max_length} cuts off every answer, or the texts are empty" for name in empty
+        ]
+        raise ValueError(complain(who, problem, offenders, "raise data.max_length, or use other data."))
 
 
 def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:

@@ -149,7 +149,7 @@ class History:
         if self._write:
             values = {name: value for name, value in event._asdict().items() if name != "params"}
             with can_be_written(self.path), open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"event": type(event).__name__.lower()} | _nulled(values)) + "\n")
+                file.write(json.dumps({"event": type(event).__name__.lower()} | nulled(values)) + "\n")
                 # A checkpoint notes how long the file is: it must not reach the disk first.
                 file.flush()
                 os.fsync(file.fileno())
@@ -176,9 +176,10 @@ def can_be_written(path: Path) -> contextlib.AbstractContextManager[None]:
     return writing("train", f"{path} can't be written to; what was saved before is there.", fix)
 
 
-def _nulled(value: Any) -> Any:
+def nulled(value: Any) -> Any:
+    """The same value with None for each number that is not finite: JSON has no word for it."""
     if isinstance(value, dict):
-        return {name: _nulled(entry) for name, entry in value.items()}
+        return {name: nulled(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -283,7 +283,8 @@ def describe_adapter(folder: str | File, model: str | None = None, *, spectrum: 
     if kind == "PEFT":
         found = describe_peft(folder, spectrum)
     else:
-        inner = folder / ADAPTER if kind == "run" else folder
+        # Orbax reads from absolute paths alone.
+        inner = (folder / ADAPTER if kind == "run" else folder).absolute()
         found = describe_own(inner, read_job(folder / CONFIG).model.name if kind == "run" else None, spectrum)
     values = {item: getattr(found, item) for item in found.__dataclass_fields__} | {"folder": str(folder)}
     if model is not None:
