@@ -69,6 +69,7 @@ def coarsest_dtype(model: Model) -> str:
     An accelerator multiplies float32 in TF32 or bfloat16 unless `jax_default_matmul_precision` says otherwise.
     """
     dtypes = {model.dtype, model.compute_dtype or model.dtype}
-    if jax.default_backend() != "cpu" and jax.config.read("jax_default_matmul_precision") is None:
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if jax.default_backend() != "cpu" and precision is None:
         dtypes.add("bfloat16")
     return max(dtypes, key=TOLERANCES.__getitem__)
