@@ -4,6 +4,8 @@ import importlib
 import io
 import itertools
 import json
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -161,6 +163,26 @@ def test_a_run_answers_with_its_base_moved_elsewhere(job, model, tmp_path, capsy
     assert first.split() == second.split()
 
 
+def card_output(run: Path, capsys) -> dict[str, str]:
+    """What the code of a run's README.md prints, run as it is written."""
+    found = {}
+    for kind, text in re.findall(r"^```(sh|python)\n(.*?)^```$", (run / "README.md").read_text(), re.M | re.S):
+        capsys.readouterr()
+        if kind == "python":
+            exec(text, {})
+        else:
+            program, *argv = shlex.split(text)
+            assert (program, main(argv)) == ("jlora", 0)
+        found[kind] = capsys.readouterr().out
+    return found
+
+
+def test_the_readme_of_a_run_runs_as_it_is_written(job, capsys):
+    assert main(["predict", str(job[1]), "where is my courier"]) == 0
+    answer = capsys.readouterr().out
+    assert card_output(job[1], capsys) == {"sh": answer, "python": answer}
+
+
 def trained(folder: Path, model: Path, task: str, capsys, *flags: str) -> tuple[Path, dict, str]:
     """A run of another task: its folder, its result and what the commands had to say of its question."""
     toml = tiny_job.make_other_job(folder, model, task)
@@ -170,6 +192,7 @@ def trained(folder: Path, model: Path, task: str, capsys, *flags: str) -> tuple[
     assert main(["predict", str(folder / "run"), question]) == 0
     answer = capsys.readouterr().out
     assert shown.endswith(answer)
+    assert card_output(folder / "run", capsys) == {"sh": answer, "python": answer}
     assert main(["predict", str(folder / "run"), question, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.pop("question") == question
@@ -202,7 +225,7 @@ def test_a_language_model_learns_texts_and_goes_on_with_one(llama, tmp_path, cap
 
 
 def test_answers_are_learnt_through_the_chat_template(llama, tmp_path, capsys):
-    run, answer, _ = trained(tmp_path / "job", llama, "instruction", capsys, "--data.no-pack")
+    run, answer, _ = trained(tmp_path / "a job's", llama, "instruction", capsys, "--data.no-pack")
     result = json.loads((run / "result.json").read_text())
     assert result["after"]["loss"] < 0.5 * result["before"]["loss"]
     # Learnt word for word: which topic it is may be mistaken by a model that was random two seconds ago.

@@ -436,11 +436,11 @@ def test_hints_say_what_the_curves_show(jobs, curve, rank, expected):
 
 def test_the_card_names_base_data_settings_metrics_and_how_to_load(jobs):
     config = jobs["sequence_classification"].config
-    card = model_card(config, {"best_step": 7, "after": {"accuracy": 0.5}}, 'jlora predict runs/x "why"')
+    card = model_card(config, {"best_step": 7, "after": {"accuracy": 0.5, "loss": math.nan}})
     assert f"# LoRA adapter for {config.model.name}" in card
     assert f"- train: `{config.data.train}`" in card
-    assert '| after | {"accuracy": 0.5} |' in card
-    assert 'jlora predict runs/x "why"' in card
+    assert '| after | {"accuracy": 0.5, "loss": null} |' in card
+    assert f"jlora predict {config.output.folder} 'where is my courier'" in card
     assert "params = jlora.merge(run.params)" in card
     assert configs.to_toml(config) in card
     assert f"jax {jax.__version__}" in card

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata as packages
@@ -17,9 +18,10 @@ from rich.table import Table
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
 from jlora.recipes.curves import rising, stalled
-from jlora.recipes.fit import Evaluation, Step
+from jlora.recipes.fit import Evaluation, Step, nulled
 
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
+QUESTION = "where is my parcel?"
 
 
 class Monitor:
@@ -149,9 +151,10 @@ def hints(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
     return [f"Training loss stalled at {loss:.3f} with rank {rank}: try rank {2 * rank}, or a higher learning rate."]
 
 
-def model_card(config: Config, result: Mapping[str, Any], answers_with: str) -> str:
-    """What a run's folder says of itself, as Markdown."""
-    metrics = "\n".join(f"| {name} | {json.dumps(value)} |" for name, value in result.items())
+def model_card(config: Config, result: Mapping[str, Any]) -> str:
+    """The README.md of a run's folder: what was trained on which data, the result, and how to use it."""
+    folder, question = str(config.output.folder), next(iter(config.data.questions), QUESTION)
+    metrics = "\n".join(f"| {name} | {json.dumps(nulled(value))} |" for name, value in result.items())
     versions = ", ".join(f"{name} {packages.version(name)}" for name in LIBRARIES if is_installed(name))
     data = config.data
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
@@ -171,15 +174,18 @@ def model_card(config: Config, result: Mapping[str, Any], answers_with: str) -> 
 ## Use
 
 ```sh
-{answers_with}
+{shlex.join(["jlora", "predict", folder, question])}
 ```
 
 ```python
 import jlora
+from jlora.cli.predict import answers
 from jlora.recipes.runs import load_run
 
-run = load_run(folder)             # base, adapter and tokenizer
-params = jlora.merge(run.params)   # for inference at the base's own cost
+run = load_run({folder!r})  # base, adapter and tokenizer
+params = jlora.merge(run.params)  # inference then costs what it costs with the base alone
+for answer in answers(run, params, [{question!r}]):
+    print(answer)
 ```
 
 ## Settings

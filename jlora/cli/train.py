@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import resource
-import shlex
 import shutil
 import signal
 import sys
@@ -362,7 +361,7 @@ def finish(config: Config, console: Console, result: Result, run: Run, merged: A
     folder = config.output.folder
     if jax.process_index() == 0:
         with can_be_written(folder):
-            (folder / runs.CARD).write_text(show.model_card(config, result._asdict(), use_of(config)), encoding="utf-8")
+            (folder / runs.CARD).write_text(show.model_card(config, result._asdict()), encoding="utf-8")
             # Last: a run that has its result is finished.
             runs.write_whole(folder / runs.RESULT, json.dumps(nulled(result._asdict()), indent=1) + "\n")
     console.print(result_table(table(result, rows, run.task)))
@@ -372,12 +371,6 @@ def finish(config: Config, console: Console, result: Result, run: Run, merged: A
     if config.data.questions:
         for text in answers(run, merged, config.data.questions):
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def use_of(config: Config) -> str:
-    """The command that uses a run."""
-    question = config.data.questions[0] if config.data.questions else "..."
-    return shlex.join(["jlora", "predict", str(config.output.folder), question])
 
 
 def percent(part: int, whole: int, digits: int = 1) -> str:

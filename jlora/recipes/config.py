@@ -215,13 +215,14 @@ class Config:
     run: Run = field(default_factory=Run)
 
 
-def read(path: Path) -> Config:
+def read(path: str | Path) -> Config:
     """Reads a job from a TOML file; its paths are relative to the file.
 
     Raises:
         OSError: the file can't be read.
         ValueError: it is no TOML, or entries of it are unknown, missing or wrong: all of them are listed.
     """
+    path = Path(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

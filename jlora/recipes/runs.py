@@ -301,7 +301,7 @@ def on_every(tree: Tree, where: NamedSharding) -> Tree:
     return jax.lax.with_sharding_constraint(tree, where)
 
 
-def load_run(folder: Path, *, model: str | None = None, mesh: Mesh | None = None) -> Run:
+def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None = None) -> Run:
     """Loads a base model afresh and puts a run's adapter and head on it.
 
     Args:
@@ -313,6 +313,7 @@ def load_run(folder: Path, *, model: str | None = None, mesh: Mesh | None = None
         FileNotFoundError: no run with an adapter is there.
         ValueError: files of it are damaged, or the base is not the one it was trained on.
     """
+    folder = Path(folder)
     missing = [str(folder / name) for name in (CONFIG, LABELS, ADAPTER) if not (folder / name).exists()]
     if missing:
         fix = "pass the folder that `jlora train` wrote."
