@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -48,12 +48,17 @@ def pieces():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def letters(*, template=None, begin=True, end=True, merges=()) -> PreTrainedTokenizerFast:
+def letters(*, template=None, begin=True, end=True, merges=(), metaspace=False) -> PreTrainedTokenizerFast:
     """A tokenizer of single characters for a language model."""
-    characters = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *[chr(n) for n in range(32, 127)], "\n"]
+    characters = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *[chr(n) for n in range(32, 127)], "\n", "\u2581"]
     vocab = {token: n for n, token in enumerate([*characters, *("".join(merge) for merge in merges)])}
     tokenizer = Tokenizer(BPE(vocab, list(merges)))
     tokenizer.decoder = Fuse()
+    if metaspace:
+        # As Llama 2: a space is a sign of its own, and stands before every text.
+        parts = {"prepend_scheme": "first"}
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **parts)
+        tokenizer.decoder = decoders.Metaspace(**parts)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in characters[:4]])
     if begin:
         tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -198,13 +203,34 @@ def test_chats_that_can_not_be_written_are_listed():
     ]
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
     assert problem(letters(template=strict), pair, more) == ["  f:2  the chat template says: no system role"]
-    # The prompt ends in a space that becomes one token with the answer's first letter.
-    spaced = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
-    spaced += "{% if add_generation_prompt %}assistant: {% endif %}"
-    merging = letters(template=spaced, merges=[(" ", "y")])
-    assert problem(merging, pair) == ["  f:1  the tokens of an answer change those of its prompt"]
+    other = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    assert problem(letters(template=other), pair) == ["  f:1  the template does not begin an answer as its prompt ends"]
     with pytest.raises(ValueError, match="no chat template"):
         prompt_ids(letters(), more.messages[:2])
+
+
+SPACED = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_an_answer_follows_the_tokens_of_a_prompt_that_ends_in_a_space(metaspace):
+    # One token holds the space and the answer's first letter, in the chat as a whole.
+    tokenizer = letters(template=SPACED, merges=[("\u2581" if metaspace else " ", "y")], metaspace=metaspace)
+    record = chat(("user", "q"), ("assistant", "yes"), ("user", "r"), ("assistant", "yy"))
+    rows = make_rows(tokenizer, [record], max_length=256).rows
+    assert [learnt(tokenizer, row).strip() for row in rows] == ["yes</s>", "yy</s>"]
+    for row, n in zip(rows, (1, 3), strict=True):
+        text = tokenizer.apply_chat_template(record.messages[: n + 1], tokenize=False)
+        assert tokenizer.decode(row.ids) == text
+        # What transformers gives a model to answer is what stands before the answer.
+        options = {"add_generation_prompt": True, "return_dict": False}
+        prompt = tokenizer.apply_chat_template(record.messages[:n], **options)
+        assert row.ids[: len(prompt)].tolist() == prompt == prompt_ids(tokenizer, record.messages[:n])
+        assert row.weights.nonzero()[0].tolist() == list(range(len(prompt) - 1, len(row.ids) - 1))
+        assert tokenizer(text, add_special_tokens=False)["input_ids"][: len(prompt)] != prompt
 
 
 def test_a_chat_too_long_is_cut_and_left_out_where_no_answer_is_left():

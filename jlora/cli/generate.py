@@ -1,6 +1,6 @@
 """`jlora generate`: a language model's text, as it comes."""
 
-import json
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,9 +11,12 @@ import jax
 from jlora.core.errors import complain
 from jlora.core.paths import Tree
 from jlora.core.tree import merge
+from jlora.interop.chat import stop_tokens
 from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.interop.peft import load_peft
+from jlora.recipes.batches import prompt_ids
 from jlora.recipes.generate import stream, unusable_settings
+from jlora.recipes.readers import Message
 from jlora.recipes.runs import ADAPTER
 from jlora.training.checkpoint import restore_adapter
 
@@ -64,6 +67,7 @@ def generate(
         fix = "add the tokenizer's files to the model's folder."
         raise ValueError(complain("generate", f"{name} has no tokenizer.", [], fix))
     rows = [tokenise(loaded.tokenizer, text, chat=chat) for text in texts]
+    stops = stop_tokens(loaded, chat=chat)
     params = loaded.params if adapter is None else load_adapter(adapter, loaded)
     params = merge(params) if merged else params
     # All are checked before the first is answered.
@@ -76,13 +80,16 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            stop_tokens=stop_tokens(loaded),
+            stop_tokens=stops,
             key=jax.random.fold_in(jax.random.key(seed), n),
         )
         for n, row in enumerate(rows)
     ]
     for n, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        grown = pieces(loaded.tokenizer, row, (int(token[0]) for token in answer))
+        tokens: Iterable[int] = (int(token[0]) for token in answer)
+        # A reply is shown without the token that ends it, whether the tokenizer calls that special or not.
+        tokens = itertools.takewhile(lambda token: token not in stops, tokens) if chat else tokens
+        grown = pieces(loaded.tokenizer, row, tokens)
         prompt = next(grown)
         print("\n" if n else "", end="" if chat else prompt, flush=True)
         for piece in grown:
@@ -101,8 +108,7 @@ def tokenise(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     if not tokenizer.chat_template:
         fix = "leave --chat out, or take a model that was trained to chat."
         raise ValueError(complain("generate", "the tokenizer has no chat template.", [], fix))
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return prompt_ids(tokenizer, [Message(role="user", content=text)])
 
 
 def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
@@ -119,14 +125,6 @@ def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
     offenders = ["neither adapter.json (jlora) nor adapter_config.json (PEFT) is there"]
     fix = "name the folder that `jlora train`, save_adapter or save_peft wrote."
     raise ValueError(complain("generate", f"{folder} holds no adapter.", offenders, fix))
-
-
-def stop_tokens(loaded: LoadedModel) -> list[int]:
-    """The tokens that end a text, as the checkpoint's generation config says, or else its config."""
-    stored = loaded.model.origin.generation
-    found = json.loads(stored or "{}").get("eos_token_id")
-    found = getattr(loaded.config, "eos_token_id", None) if found is None else found
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """`jlora predict`: answers from a saved run."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from jlora.core.errors import complain
 from jlora.core.paths import Tree
 from jlora.core.tree import merge
+from jlora.interop.chat import stop_tokens
 from jlora.recipes.batches import Row, make_rows, prompt_ids, tokenise
 from jlora.recipes.generate import generate
 from jlora.recipes.metrics import entities
@@ -104,14 +106,14 @@ def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[tuple[str, 
 
 def continuations(run: Run, params: Tree, questions: Sequence[str]) -> list[str]:
     """What a language model goes on with, or answers."""
-    loaded = run.task.loaded
-    if run.config.data.task == "instruction":
+    loaded, chat = run.task.loaded, run.config.data.task == "instruction"
+    if chat:
         prompts = [prompt_ids(loaded.tokenizer, [{"role": "user", "content": question}]) for question in questions]
     else:
         end = loaded.tokenizer.eos_token_id
         encoded = loaded.tokenizer(list(questions))["input_ids"]
         prompts = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in encoded]
-    stops = [] if loaded.tokenizer.eos_token_id is None else [loaded.tokenizer.eos_token_id]
+    stops = stop_tokens(loaded, chat=chat)
     new = generate(
         loaded.model,
         params,
@@ -120,7 +122,7 @@ def continuations(run: Run, params: Tree, questions: Sequence[str]) -> list[str]
         stop_tokens=stops,
         pad_token=pad_token(loaded.tokenizer),
     )
-    ended = [ids[: ids.index(stops[0])] if stops and stops[0] in ids else ids for ids in np.asarray(new).tolist()]
+    ended = [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in np.asarray(new).tolist()]
     return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.cli.report import PAGE, PICTURE, write_report
-from jlora.cli.train import peak_memory, read, rows_of
+from jlora.cli.train import peak_memory, print_format, read, rows_of
 from jlora.core.errors import complain, nearest
 from jlora.core.layouts import max_rank
 from jlora.core.paths import Path as Slashes
@@ -90,6 +90,7 @@ def sweep(
     check_folder(config, out, overwrite)
     corpus = read(config)
     loaded = runs.load_base(config, corpus.labels)
+    print_format(console, config, loaded)
     task = TASKS[config.data.task](config, loaded, corpus.labels)
     rows = {name: rows_of(config, loaded.tokenizer, corpus, name).rows for name in ("train", "validation")}
     check_targets("sweep", rows, config.data.max_length)

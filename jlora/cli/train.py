@@ -24,7 +24,8 @@ from jlora.cli.predict import answers
 from jlora.cli.show import Monitor, learning_curve, megabytes, result_table
 from jlora.core.errors import complain, count
 from jlora.core.tree import Summary, merge, summary
-from jlora.interop.huggingface import find_folder
+from jlora.interop.chat import describe_format
+from jlora.interop.huggingface import LoadedModel, find_folder
 from jlora.recipes import runs
 from jlora.recipes.agreement import coarsest_dtype, compare
 from jlora.recipes.batches import Row, Rows, check_targets, make_rows, pack
@@ -163,6 +164,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
         config=config, task=task, params=params, rows=rows["train"].rows, validation=rows["validation"].rows, mesh=mesh
     )
     console.print(opening(counts, corpus, task, job), highlight=False, soft_wrap=True)
+    print_format(console, config, loaded)
     for name, found in rows.items():
         if found.cut and data.task != "causal_lm":
             console.print(f"{found.cut} of {name} reach beyond max_length = {data.max_length} tokens, and are cut.")
@@ -180,6 +182,13 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     best = follow(job, console, begin)
     wait_for_all("run written")
     return Learnt(asked, rows[asked].rows, before, best, counts)
+
+
+def print_format(console: Console, config: Config, loaded: LoadedModel) -> None:
+    """Prints how chats are written where that is not the common case."""
+    note = describe_format(loaded.tokenizer) if config.data.task == "instruction" else None
+    if note is not None:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
 def wait_for_all(what: str) -> None:

@@ -214,10 +214,10 @@ def find_minilm() -> Path | None:
 
 
 def download(name: str, revision: str | None) -> Path:
-    """A snapshot from the hub: weights in safetensors, config and tokenizer, never a pickle."""
+    """A snapshot from the hub: weights in safetensors, config, tokenizer and chat templates, never a pickle."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["model*.safetensors", "*.json", "*.txt", "*.model"]
+    patterns = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:

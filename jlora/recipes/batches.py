@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jlora.core.errors import complain, count
+from jlora.interop.chat import ChatError, render_chat
 from jlora.recipes.readers import Chat, Labelled, Message, Record, Tagged, Text, shown
 
 SHORTEST_BUCKET = 16
@@ -65,7 +66,8 @@ def make_rows(tokenizer: Any, records: Sequence[Record], *, max_length: int, lab
       `max_length` follow each other; a token's target is the next one of the text, in the next window if need be.
     - A chat is written by the tokenizer's template, and the tokens of its answers weigh 1. Where a template writes an
       answer otherwise once the chat goes on (without its thoughts, say), the answer gets a row of its own, as it was
-      last. Without a template it is a question, a line break, its answer and the end-of-sequence token.
+      last. Without a template it is a question, a line break, its answer and the end-of-sequence token. No token
+      reaches from a prompt into its answer: a prompt's tokens are those that generation begins with.
 
     Args:
         tokenizer: of transformers.
@@ -127,7 +129,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """
     try:
         return _encode(tokenizer, [_prompt(tokenizer, messages)])[0]
-    except ValueError as error:
+    except ChatError as error:
         raise _no_chat([str(error)]) from None
 
 
@@ -213,18 +215,20 @@ def _chat_rows(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Rows:
     for n, chat in enumerate(chats):
         try:
             turns += [(n, *texts) for texts in _turns(tokenizer, chat.messages)]
-        except ValueError as error:
+        except ChatError as error:
             wrong.append(f"{chat.at}  {error}")
     prompts = _encode(tokenizer, [prompt for _, prompt, _ in turns])
     wholes = _encode(tokenizer, [whole for *_, whole in turns])
     end = [] if tokenizer.chat_template else [tokenizer.eos_token_id]
     found: list[tuple[int, list[int], Any]] = []
     # From the last answer on, since the chat up to it most often holds those before.
-    for (n, *_), prompt, whole in reversed(list(zip(turns, prompts, wholes, strict=True))):
-        whole = whole + end
+    for (n, *texts), prompt, whole in reversed(list(zip(turns, prompts, wholes, strict=True))):
         if whole[: len(prompt)] != prompt:
-            wrong.append(f"{chats[n].at}  the tokens of an answer change those of its prompt")
-            continue
+            if not texts[1].startswith(texts[0]):
+                wrong.append(f"{chats[n].at}  the template does not begin an answer as its prompt ends")
+                continue
+            whole = prompt + _continue(tokenizer, texts[1][len(texts[0]) :])
+        whole = whole + end
         if not found or found[-1][0] != n or found[-1][1][: len(whole)] != whole:
             found.append((n, whole, np.zeros(len(whole) - 1, np.float32)))
         found[-1][2][max(len(prompt) - 1, 0) : len(whole) - 1] = 1
@@ -249,28 +253,19 @@ def _turns(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[str, str]]
 def _prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
     """A chat up to where the next answer begins."""
     if tokenizer.chat_template:
-        return _render(tokenizer, messages, prompt=True)
+        return render_chat(tokenizer, messages, add_generation_prompt=True)
     if [message["role"] for message in messages] != [USER]:
-        raise ValueError("the tokenizer has no chat template, and this is no single question and answer")
+        raise ChatError("the tokenizer has no chat template, and this is no single question and answer")
     return messages[0]["content"] + "\n"
 
 
 def _written(tokenizer: Any, messages: Sequence[Message]) -> str:
     """A chat up to the end of an answer; without a template the last token is still to come."""
     if tokenizer.chat_template:
-        return _render(tokenizer, messages, prompt=False)
+        return render_chat(tokenizer, messages, add_generation_prompt=False)
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has neither a chat template nor a token that ends an answer")
+        raise ChatError("the tokenizer has neither a chat template nor a token that ends an answer")
     return _prompt(tokenizer, messages[:-1]) + messages[-1]["content"]
-
-
-def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        raise ValueError(f"the chat template says: {error}") from None
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -280,6 +275,19 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     if tokenizer.chat_template:
         return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return _begun(tokenizer, texts)
+
+
+def _continue(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that follows others, where no token may reach over the boundary.
+
+    A prompt that ends in a space is such a case: one token may hold the space and the answer's first letters. What is
+    generated follows the prompt's tokens, so an answer is trained as it follows them.
+    """
+    # Behind a line break a tokenizer adds no space of its own, as some do at the beginning of a text.
+    before, both = tokenizer(["\n", "\n" + text], add_special_tokens=False, verbose=False)["input_ids"]
+    if before and both[: len(before)] == before:
+        return both[len(before) :]
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
