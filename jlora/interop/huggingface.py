@@ -21,11 +21,12 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jlora.core.errors import complain, count, nearest
+from jlora.core.errors import complain, count
 from jlora.core.paths import flatten
 from jlora.core.tree import is_wrapped, merge
 from jlora.interop.families import FAMILIES, Family, Weight, family_of, weights
 from jlora.interop.files import staged
+from jlora.interop.formats import find_shards, missing_config, missing_weights, not_a_folder, unknown_model
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.layers import Origin
 
@@ -193,6 +194,8 @@ def find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
             problem = f"revision {revision!r} of the local folder {str(folder)!r}."
             raise ValueError(complain("load_model", problem, (), "leave the revision out."))
         return folder
+    if folder.is_file():
+        raise not_a_folder(folder)
     bundled = find_minilm() if str(name_or_folder) == MINILM and revision is None else None
     return bundled or download(str(name_or_folder), revision)
 
@@ -244,12 +247,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def find_family(folder: Path) -> Family:
     """The family that the folder's config.json names."""
-    model_type = read_json(folder / "config.json").get("model_type")
-    if model_type not in FAMILIES:
-        near = nearest(str(model_type), FAMILIES, 1)[0]
-        offenders = [f"{model_type!r}  nearest: {near!r}"]
-        fix = f"take a model of a known type: {', '.join(FAMILIES)}."
-        raise ValueError(complain("load_model", f"unknown model_type in {str(folder)!r}.", offenders, fix))
+    if not (folder / "config.json").is_file():
+        raise missing_config(folder)
+    content = read_json(folder / "config.json")
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise unknown_model(folder, content)
     return FAMILIES[model_type]
 
 
@@ -333,17 +336,18 @@ def open_tensors(folder: Path) -> list[Tensor]:
     Raises:
         ValueError: no safetensors at all, or files and tensors missing or damaged (all of them listed).
     """
+    weight_map: dict[str, str] = {}
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
+        files = sorted(set(weight_map.values())) or [SINGLE]
     elif (folder / SINGLE).is_file():
-        weight_map = {}
+        files = [SINGLE]
+    elif shards := find_shards(folder):
+        files = shards
     else:
-        pickles = [file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}")]
-        offenders = [f"{name}  (a pickle can run any code when it is read)" for name in sorted(pickles)]
-        fix = "convert the weights to safetensors: save_pretrained does so in any recent transformers."
-        raise ValueError(complain("load_model", f"{str(folder)!r} has no {SINGLE}.", offenders, fix))
+        raise missing_weights(folder)
     tensors, offenders = [], []
-    for file in sorted(set(weight_map.values())) or [SINGLE]:
+    for file in files:
         try:
             found = list_tensors(folder / file)
         except (SafetensorError, OSError) as error:
