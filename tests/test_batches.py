@@ -79,7 +79,7 @@ def chat(*turns, at="") -> Chat:
 
 def test_a_text_is_cut_to_max_length_and_classed_by_its_labels_place(pieces):
     records = [Labelled("a b c d e", "y"), Labelled("g", "x")]
-    rows, cut = make_rows(pieces, records, max_length=5, labels=("x", "y"))
+    rows, cut, _ = make_rows(pieces, records, max_length=5, labels=("x", "y"))
     expected = pieces([record.text for record in records], truncation=True, max_length=5)["input_ids"]
     assert [row.ids.tolist() for row in rows] == expected == tokenise(pieces, ["a b c d e", "g"], 5)[0]
     assert len(expected[0]) == 5
@@ -90,21 +90,24 @@ def test_a_text_is_cut_to_max_length_and_classed_by_its_labels_place(pieces):
 def test_a_tag_stands_on_the_first_piece_of_its_word_and_cut_words_are_counted(pieces):
     labels = ("B-X", "I-X", "O")
     record = Tagged(("abc", "d", "ef", "g"), ("B-X", "I-X", "O", "B-X"))
-    rows, cut = make_rows(pieces, [record, record], max_length=64, labels=labels)
+    rows, cut, _ = make_rows(pieces, [record, record], max_length=64, labels=labels)
     tokens = pieces.convert_ids_to_tokens(rows[1].ids)
     assert tokens == ["[CLS]", "a", "##b", "##c", "d", "e", "##f", "g", "[SEP]"]
     assert rows[1].weights.tolist() == [0, 1, 0, 0, 1, 1, 0, 1, 0]
     assert rows[1].targets[rows[1].weights == 1].tolist() == [0, 1, 2, 0]
     assert cut == 0
-    rows, cut = make_rows(pieces, [record], max_length=6, labels=labels)
+    assert rows[0].beyond.tolist() == []
+    rows, cut, dropped = make_rows(pieces, [record], max_length=6, labels=labels)
     assert pieces.convert_ids_to_tokens(rows[0].ids) == ["[CLS]", "a", "##b", "##c", "d", "[SEP]"]
     assert rows[0].targets[rows[0].weights == 1].tolist() == [0, 1]
-    assert cut == 2
+    assert (rows[0].beyond.tolist(), cut, dropped) == ([2, 0], 2, 1)
+    # An entity that goes on beyond the end is dropped too.
+    assert make_rows(pieces, [record], max_length=5, labels=labels)[1:] == (3, 2)
 
 
 def test_a_word_that_the_tokenizer_sees_nothing_in_is_unknown_and_shifts_no_tag(pieces):
     record = Tagged(("a", "\x01", "b", "\x02"), ("O", "B-X", "I-X", "O"), "f:1")
-    rows, cut = make_rows(pieces, [record], max_length=64, labels=("B-X", "I-X", "O"))
+    rows, cut, _ = make_rows(pieces, [record], max_length=64, labels=("B-X", "I-X", "O"))
     assert pieces.convert_ids_to_tokens(rows[0].ids) == ["[CLS]", "a", "[UNK]", "b", "[UNK]", "[SEP]"]
     assert rows[0].targets[rows[0].weights == 1].tolist() == [2, 0, 1, 2]
     assert cut == 0
@@ -122,7 +125,7 @@ def test_words_need_a_tokenizer_that_can_tell_them():
 def test_every_token_of_a_text_is_predicted_once_from_the_one_before(length):
     tokenizer = letters()
     texts = ["hello world", "abcdef", "x"]
-    rows, cut = make_rows(tokenizer, [Text(text) for text in texts], max_length=length)
+    rows, cut, _ = make_rows(tokenizer, [Text(text) for text in texts], max_length=length)
     pairs = [
         (int(token), int(target))
         for row in rows
@@ -236,10 +239,74 @@ def test_an_answer_follows_the_tokens_of_a_prompt_that_ends_in_a_space(metaspace
 def test_a_chat_too_long_is_cut_and_left_out_where_no_answer_is_left():
     tokenizer = letters()
     records = [chat(("user", "q"), ("assistant", "abcd")), chat(("user", "a long one"), ("assistant", "x"))]
-    rows, cut = make_rows(tokenizer, records, max_length=5)
+    rows, cut, dropped = make_rows(tokenizer, records, max_length=5)
     (row,) = rows
     assert (tokenizer.decode(row.ids), learnt(tokenizer, row)) == ("<s>q\nab", "abc")
-    assert cut == 2
+    assert (cut, dropped) == (1, 1)
+
+
+TOOLS = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}{{ '\n' }}{{ m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }} {{ call.function.arguments | tojson }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_tools_and_their_calls_are_trained_on_as_transformers_writes_them(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    messages = [
+        {"role": "user", "content": "1 + 1?", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "name": "add", "tool_call_id": "1"},
+        {"role": "assistant", "content": "two"},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages, "tools": [tool]}))
+    tokenizer = letters(template=TOOLS)
+    (row,) = make_rows(tokenizer, read_records(tmp_path / "a.jsonl", "instruction"), max_length=512).rows
+    assert tokenizer.decode(row.ids) == tokenizer.apply_chat_template(messages, tools=[tool], tokenize=False)
+    assert learnt(tokenizer, row) == 'add {"x": 1}<|im_end|>\ntwo<|im_end|>\n'
+
+
+def test_what_the_template_does_not_write_is_refused():
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    answer: Message = {"role": "assistant", "content": "a"}
+    chats = [
+        Chat(({"role": "user", "content": "q"}, answer | extra), f"f:{n}", tools)
+        for n, (extra, tools) in enumerate(
+            [
+                ({"tool_calls": [call]}, ()),
+                ({"reasoning_content": "so"}, ()),
+                ({"name": "x"}, ()),
+                ({}, (call,)),
+                ({"tool_call_id": "1"}, ()),
+            ]
+        )
+    ]
+    for template in (CHATML, None):
+        with pytest.raises(ValueError) as caught:
+            make_rows(letters(template=template), chats, max_length=64)
+        assert str(caught.value).splitlines()[1:-1] == [
+            "  f:0  the chat template does not write 'tool_calls' of message 1",
+            "  f:1  the chat template does not write 'reasoning_content' of message 1",
+            "  f:2  the chat template does not write 'name' of message 1",
+            "  f:3  the chat template does not write the tools",
+        ]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learned():
+    tokenizer = letters(template=CHATML)
+    turns = [{"role": role, "content": text} for role, text in [("user", "q"), ("assistant", "a1")] * 2]
+    for answers, expected in [((0,), "a1<|im_end|>\n"), ((1,), "a1<|im_end|>\n"), ((0, 1), None)]:
+        weighed = [turn | {"weight": 0} if n // 2 in answers and n % 2 else turn for n, turn in enumerate(turns)]
+        rows = make_rows(tokenizer, [Chat(tuple(weighed))], max_length=256).rows
+        assert [learnt(tokenizer, row) for row in rows] == ([] if expected is None else [expected])
+        if expected:
+            last = 3 if 0 in answers else 1
+            text = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
+            assert tokenizer.decode(rows[0].ids) == text
+            assert int(rows[0].weights.nonzero()[0][0]) == len(prompt_ids(tokenizer, turns[:last])) - 1
 
 
 def token_rows(lengths) -> list[Row]:

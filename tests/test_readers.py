@@ -1,6 +1,7 @@
 """Files to records: every format gives the same ones, and whatever can't be used is told of in one error."""
 
 import csv
+import gzip
 import hashlib
 import json
 import os
@@ -90,6 +91,140 @@ def test_a_cell_may_be_as_long_as_a_book(write):
     assert csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [('"one', "a"), ("two", "b"), ("three", "a")],
+        [('"one', "a"), ('two"', "b"), ("three", "a")],
+        [('"one', "a"), ('"two', "b"), ("three", "a")],
+        [("one", "a"), ('say "two"', "b"), ('"three" is', "a")],
+        [('"one', '"'), ('"', "b"), ("three", "a")],
+    ],
+)
+def test_a_stray_quotation_mark_in_unquoted_tabs_joins_no_rows(write, rows):
+    path = write(a__tsv="text\tlabel\n" + "".join("\t".join(row) + "\n" for row in rows))["a"]
+    assert bare(read_records(path, "sequence_classification")) == [Labelled(*row) for row in rows]
+    # A row of a wrong length is told as it is, and hides in no other.
+    path.write_text(path.read_text() + "short\n")
+    assert problem(read_records, path, "sequence_classification").splitlines()[1:-1] == [
+        "  a.tsv:5  1 cell, the header has 2"
+    ]
+
+
+def test_quoted_cells_between_tabs_go_over_lines_and_hold_tabs(write, tmp_path):
+    rows = [('a "b"', "x"), ("c\n\nd\te", "y"), ("f", "z\nz")]
+    with open(tmp_path / "a.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([("text", "label"), *rows])
+    assert bare(read_records(tmp_path / "a.tsv", "sequence_classification")) == [Labelled(*row) for row in rows]
+    # With one column the length of a row says nothing.
+    assert bare(read_records(write(b__tsv='text\n"a\nb"\nc\n')["b"], "causal_lm")) == [Text("a\nb"), Text("c")]
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".txt", ".conll"])
+def test_files_compressed_by_gzip_are_read_as_they_are_without(tmp_path, suffix):
+    content = FORMATS.get(suffix, b"a O\nb B-X\n")
+    task, fields = ("sequence_classification", {"text": "q"}) if suffix in FORMATS else ("token_classification", {})
+    (tmp_path / f"a{suffix}").write_bytes(content)
+    (tmp_path / f"b{suffix}.gz").write_bytes(gzip.compress(content))
+    plain, compressed = (read_records(tmp_path / name, task, fields=fields) for name in (f"a{suffix}", f"b{suffix}.gz"))
+    assert bare(plain) == bare(compressed)
+    assert compressed[0].at.startswith(f"{tmp_path}/b{suffix}.gz")
+
+
+def test_a_damaged_file_is_one_error_with_its_name_and_line(tmp_path):
+    lines = b"".join(b'{"text": "%d %s"}\n' % (n, os.urandom(20).hex().encode()) for n in range(50_000))
+    whole = gzip.compress(lines)
+    flipped = bytearray(whole)
+    flipped[-5] ^= 1
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.jsonl.gz").write_bytes(flipped)
+    (tmp_path / "none.csv.gz").write_bytes(b"text\none\n")
+    (tmp_path / "wide.csv").write_bytes("text\none\n".encode("utf-16"))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "long.jsonl").write_text('{"text": ' + "1" * 5000 + "}\n")
+    (tmp_path / "zeros.jsonl").write_bytes(b'{"text": "a"}\n' + bytes(100))
+    (tmp_path / "zero.csv").write_bytes(b"text\na\n\0\n")
+    (tmp_path / "half.jsonl").write_text(r'{"text": "a\ud800"}')
+    (tmp_path / "zero.jsonl").write_text(r'{"text": "a\u0000"}')
+    reasons = {}
+    for path in sorted(tmp_path.glob("*.*")):
+        _, reasons[path.name], fix = problem(read_records, path, "causal_lm").splitlines()
+        assert fix == "Fix: correct or delete them."
+    where = {name: reason.strip().partition("  ")[0].removeprefix(name) for name, reason in reasons.items()}
+    assert 0.4 * 50_000 < int(where.pop("cut.jsonl.gz").removeprefix(":")) < 0.6 * 50_000
+    assert where == {
+        "flipped.jsonl.gz": ":50001",
+        "none.csv.gz": ":1",
+        "wide.csv": ":1",
+        "deep.json": ":1",
+        "long.jsonl": ":1",
+        "zeros.jsonl": ":2",
+        "zero.csv": ":3",
+        "half.jsonl": ":1",
+        "zero.jsonl": ":1",
+    }
+    assert all(
+        "the gzip data are damaged: " in reasons[f"{name}.gz"] for name in ("cut.jsonl", "flipped.jsonl", "none.csv")
+    )
+    assert "UTF-16, expected UTF-8" in reasons["wide.csv"]
+    assert "nested too deep" in reasons["deep.json"]
+    assert "'text' has a NUL character at 2: the file is damaged" in reasons["zero.jsonl"]
+    assert "'text' has half of a surrogate pair at character 2" in reasons["half.jsonl"]
+
+
+def test_a_parquet_file_with_any_byte_damaged_is_read_or_is_one_error(tmp_path):
+    rows = {"text": [f"word {n}" for n in range(40)], "label": [str(n % 3) for n in range(40)]}
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(rows), path, write_page_checksum=True)
+    whole, expected = path.read_bytes(), bare(read_records(path, "sequence_classification"))
+    wrong = 0
+    for damaged in [whole[:n] for n in range(0, len(whole), 50)] + [
+        whole[:n] + bytes([whole[n] ^ 0x55]) + whole[n + 1 :] for n in range(len(whole))
+    ]:
+        path.write_bytes(damaged)
+        try:
+            found = bare(read_records(path, "sequence_classification"))
+        except ValueError as error:
+            assert str(path) in str(error).splitlines()[1]
+            assert str(error).endswith("Fix: correct or delete them.") or "Fix: set data." in str(error)
+            wrong += 1
+        else:
+            assert found == expected
+    assert wrong > 0.5 * len(whole)
+
+
+def test_a_folder_gives_the_files_that_say_the_split_or_all_of_them(tmp_path):
+    def lines(name, *texts):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+    def read(folder, split="train"):
+        return [record.text for record in read_records(tmp_path / folder, "causal_lm", split=split)]
+
+    lines("one/b.jsonl", "b")
+    lines("one/a.jsonl.gz", "a")
+    lines("one/deep/c.jsonl", "c")
+    lines("one/.cache/d.jsonl", "d")
+    (tmp_path / "one/README.md").write_text("x")
+    assert read("one") == ["a", "b", "c"]
+    lines("two/train-0.jsonl", "a")
+    lines("two/train-1.jsonl", "b")
+    lines("two/test.jsonl", "c")
+    assert (read("two"), read("two", "test")) == (["a", "b"], ["c"])
+    formats = read_corpus({"train": tmp_path / "two", "test": tmp_path / "two"}, "causal_lm").formats
+    assert formats == {"train": "2 files, texts ('text')", "test": "texts ('text')"}
+    (tmp_path / "one/e.csv").write_text("text\ne\n")
+    for folder, split, reason in [
+        ("two", "validation", "the folder has files of 'test', 'train' alone: name those of validation"),
+        ("one", "train", f"the folder has files of several kinds, .csv .jsonl: write {tmp_path}/one/*.csv"),
+    ]:
+        with pytest.raises(FileNotFoundError) as caught:
+            read(folder, split)
+        assert str(caught.value).splitlines()[1] == f"  {tmp_path}/{folder}  {reason}"
+
+
 def test_class_numbers_get_the_names_that_a_parquet_file_has_for_them(tmp_path):
     features = {
         "tokens": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
@@ -166,7 +301,7 @@ def test_files_that_are_damaged_as_a_whole_are_told_of_once(write, tmp_path):
     assert lines[0] == "data: 10 lines can't be used."
     assert lines[6].startswith("  f.parquet  ")
     assert lines[1:6] + lines[7:] == [
-        "  a.csv:1  no field 'text'  nearest: 'txt'",
+        "  a.csv:1  no field 'text'  nearest: 'txt'  columns: 'txt', 'label'",
         "  b.csv:1  1 column stands in the header twice: 'text'",
         "  c.json  expected a list of objects, found dict",
         "  d.json:2  no JSON: Expecting value at column 11",
@@ -174,7 +309,7 @@ def test_files_that_are_damaged_as_a_whole_are_told_of_once(write, tmp_path):
         "  g.jsonl  the file is empty",
         "  h.csv  the file is empty",
         "  i.json  the file is empty",
-        "  j.parquet  no field 'text'  nearest: 'txt'",
+        "  j.parquet  no field 'text'  nearest: 'txt'  columns: 'txt', 'label'",
         "Fix: correct or delete them.",
     ]
 
@@ -188,10 +323,11 @@ def test_of_many_malformed_lines_the_first_ten_are_shown_and_all_are_counted(wri
 
 
 def test_sources_without_files_are_listed_together(tmp_path, write):
+    (tmp_path / "empty").mkdir()
     sources = {
         "train": tmp_path / "no.jsonl",
         "validation": f"{tmp_path}/*.csv",
-        "test": tmp_path,
+        "test": tmp_path / "empty",
         "more": "hub:alone",
         "last": write(here=[])["here"],
     }
@@ -201,7 +337,7 @@ def test_sources_without_files_are_listed_together(tmp_path, write):
         "data: 4 sources can't be found.\n"
         "  T/no.jsonl  no such file\n"
         "  T/*.csv  matches no file\n"
-        "  T  is a folder: name its files, T/*.jsonl\n"
+        "  T/empty  the folder has no .jsonl .json .csv .tsv .parquet .txt file\n"
         "  hub:alone  write hub:owner/name/file\n"
         "Fix: correct [data] in the config."
     )
@@ -226,10 +362,45 @@ def test_fields_that_a_task_does_not_have_are_errors_with_the_nearest(write):
         "Fix: it reads 'text' and 'label'."
     )
     both = {"messages": "m", "question": "q"}
-    assert "fields of two forms are named" in problem(read_records, path, "instruction", fields=both)
-    assert problem(read_records, path, "instruction").splitlines()[1] == (
-        "  train.jsonl:1  no field 'messages' or 'question' and 'answer', but 'text', 'label'"
+    assert "fields of two formats are named" in problem(read_records, path, "instruction", fields=both)
+    assert problem(read_records, path, "instruction") == (
+        "data: 1 line can't be used.\n"
+        "  train.jsonl:1  no field 'messages' or 'conversations' or 'question' and 'answer' or 'instruction' and "
+        "'output' or 'prompt' and 'completion', but 'text', 'label'\n"
+        'Fix: set data.question = "..." and data.answer = "...".'
     )
+    assert "causal_lm has no format 'alpaca'." in problem(read_records, path, "causal_lm", format="alpaca")
+
+
+def test_columns_under_other_names_are_one_error_that_says_what_to_set(write):
+    def fix(task, **contents):
+        paths = write(**contents)
+        return problem(read_corpus, paths, task).splitlines()[1:]
+
+    banking = "text,category\nWhere is my card?,card_arrival\nI lost it,lost_card\n"
+    assert fix("sequence_classification", train__csv=banking) == [
+        "  train.csv:1  no field 'label'  nearest: 'category'  columns: 'text', 'category'",
+        'Fix: set data.label = "category".',
+    ]
+    # Every line of the file lacks it: the name is wrong, not the lines.
+    rows = [{"id": n, "sentence": "x", "intent": "y"} for n in range(3)]
+    assert fix("sequence_classification", train=rows) == [
+        "  train.jsonl:1  no field 'text'  nearest: 'intent'  columns: 'id', 'sentence', 'intent'",
+        'Fix: set data.text = "sentence" and data.label = "intent".',
+    ]
+    assert fix("instruction", train=[{"question": "q", "reply": "a"}])[-1] == 'Fix: set data.answer = "reply".'
+    assert fix("instruction", train=[{"query": "q", "response": "a"}])[-1] == (
+        'Fix: set data.question = "query" and data.answer = "response".'
+    )
+    assert fix("instruction", train=[{"chat": []}])[-1] == 'Fix: set data.messages = "chat".'
+    assert fix("causal_lm", train=[{"content": "x"}], test=[{"body": "y"}])[-1] == (
+        "Fix: give the columns the same names in all files."
+    )
+    # A line among others that have the column is a wrong line.
+    assert fix("causal_lm", train=[{"text": "x"}, {"txt": "y"}]) == [
+        "  train.jsonl:2  no field 'text'  nearest: 'txt'",
+        "Fix: correct or delete them.",
+    ]
 
 
 def test_a_label_that_train_lacks_is_an_error_with_the_nearest_one(write):
@@ -345,17 +516,132 @@ def test_a_text_in_lines_is_one_text_and_its_spaces_stay(write):
     assert bare(read_records(path, "causal_lm", fields={"text": "lines"})) == [Text("one,\n  two"), Text(" three\n")]
 
 
+TURNS = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "a"},
+]
+
+
 def test_chats_are_messages_or_a_question_and_its_answer(write):
-    turns = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "q"},
-        {"role": "assistant", "content": "a"},
-    ]
-    path = write(a=[{"messages": [*turns[:2], turns[2] | {"name": "x"}]}, {"question": " q ", "answer": "a"}])["a"]
-    assert bare(read_records(path, "instruction")) == [Chat(tuple(turns)), Chat(tuple(turns[1:]))]
+    named = TURNS[2] | {"name": "x"}
+    path = write(a=[{"messages": [*TURNS[:2], named]}, {"question": " q ", "answer": "a"}])["a"]
+    assert bare(read_records(path, "instruction")) == [Chat((*TURNS[:2], named)), Chat(tuple(TURNS[1:]))]
     path = write(a__csv="ask,say\nq,a\n")["a"]
     records = read_records(path, "instruction", fields={"question": "ask", "answer": "say"})
-    assert bare(records) == [Chat(tuple(turns[1:]))]
+    assert bare(records) == [Chat(tuple(TURNS[1:]))]
+
+
+@pytest.mark.parametrize(
+    "format, record, turns",
+    [
+        ("alpaca", {"instruction": "q", "input": "", "output": "a"}, TURNS[1:]),
+        ("alpaca", {"instruction": "q", "output": "a", "system": "s", "id": 3}, TURNS),
+        (
+            "alpaca",
+            {"instruction": " q ", "input": "more\n", "output": "a"},
+            [{"role": "user", "content": "q\n\nmore"}, TURNS[2]],
+        ),
+        ("alpaca", {"instruction": "", "input": "q", "output": "a", "history": []}, TURNS[1:]),
+        (
+            "alpaca",
+            {"instruction": "r", "output": "b", "history": [["q", "a"]]},
+            [*TURNS[1:], {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}],
+        ),
+        (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "q"},
+                    {"from": "gpt", "value": "a", "weight": None},
+                ]
+            },
+            TURNS,
+        ),
+        ("sharegpt", {"conversations": TURNS[1:], "system": "s"}, TURNS),
+        ("messages", {"messages": TURNS, "prompt": "q", "completion": "a"}, TURNS),
+        ("prompt_completion", {"prompt": "q", "completion": " a"}, TURNS[1:]),
+        (
+            "prompt_completion",
+            {"prompt": [*TURNS, TURNS[1]], "completion": [TURNS[2]]},
+            [*TURNS[:2], TURNS[2] | {"weight": 0}, *TURNS[1:]],
+        ),
+    ],
+)
+def test_formats_that_people_have_are_recognized_by_their_columns(write, format, record, turns):
+    path = write(train=[record])["train"]
+    corpus = read_corpus({"train": path}, "instruction")
+    assert bare(corpus.splits["train"]) == [Chat(tuple(turns))]
+    columns = [name for name in record if name != "id"][: 1 if format == "messages" else None]
+    assert corpus.formats["train"].startswith(f"{format} (")
+    assert all(repr(name) in corpus.formats["train"] for name in columns)
+    assert read_corpus({"train": path}, "instruction", format=format).formats == corpus.formats
+
+
+def test_the_format_can_be_chosen_and_an_input_has_any_name(write):
+    both = {"messages": TURNS, "prompt": "other", "completion": "one"}
+    path = write(a=[both])["a"]
+    (chat,) = read_records(path, "instruction", format="prompt_completion")
+    assert [message["content"] for message in chat.messages] == ["other", "one"]
+    dolly = {"instruction": "q", "context": "c", "response": "a"}
+    path = write(a=[dolly])["a"]
+    (chat,) = read_records(path, "instruction", fields={"answer": "response", "input": "context"})
+    assert [message["content"] for message in chat.messages] == ["q\n\nc", "a"]
+    assert problem(read_records, write(a=[both | {"input": "x"}])["a"], "instruction").splitlines()[1] == (
+        "  a.jsonl:1  'input' and 'messages' are two formats: delete one of them"
+    )
+
+
+CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
+
+
+def test_calls_of_tools_and_weights_are_read(write):
+    calls = [
+        TURNS[1],
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3", "tool_call_id": "1", "name": "add"},
+        {"role": "assistant", "content": "3!", "reasoning_content": "so", "weight": 0},
+    ]
+    expected = (TURNS[1], {"role": "assistant", "tool_calls": [CALL]}, *calls[2:])
+    written = json.loads(json.dumps(calls))
+    function = written[1]["tool_calls"][0]["function"]
+    function["arguments"] = json.dumps(function["arguments"])
+    # A string of JSON, as OpenAI's files have it, is the same.
+    path = write(a=[{"messages": calls, "tools": [TOOL]}, {"messages": written, "tools": json.dumps([TOOL])}])["a"]
+    assert bare(read_records(path, "instruction")) == [Chat(expected, "", (TOOL,))] * 2
+    path = write(a=[{"messages": [TURNS[1] | {"weight": 0}, TURNS[2] | {"weight": 1}], "tools": None}])["a"]
+    assert bare(read_records(path, "instruction")) == [Chat(tuple(TURNS[1:]))]
+
+
+def test_what_a_message_can_not_say_is_refused_by_name(write):
+    user, answer = TURNS[1:]
+    rows = [
+        [user, answer | {"train": False, "audio": {}}],
+        [user, answer | {"weight": 0.5}],
+        [user | {"weight": 1}, answer],
+        [user, answer | {"weight": 0}],
+        [user | {"tool_calls": [CALL]}, answer],
+        [user, answer | {"tool_calls": [{"function": "add"}]}],
+        [user, answer | {"tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}],
+    ]
+    known = "'content', 'name', 'reasoning_content', 'role', 'tool_call_id', 'tool_calls', 'weight'"
+    expected = [
+        f"'messages[1]' has 'train', 'audio', which can't be trained on; known: {known}",
+        "'messages[1]' has weight 0.5, expected 0 or 1",
+        "'messages[0]' has weight 1, expected 0: only the assistant's messages count in the loss",
+        "'messages' has no message of the assistant to learn from",
+        "'messages[0]' has 'tool_calls', but role 'user'",
+        "'messages[1].tool_calls[0]' is {'function': 'add'}, "
+        'expected {"type": "function", "function": {"name": ..., "arguments": {...}}}',
+        "'messages[1].tool_calls[0].function.arguments' is '{', expected JSON",
+    ]
+    path = write(a=[{"messages": messages} for messages in rows] + [{"messages": TURNS, "tools": {"a": 1}}])["a"]
+    assert problem(read_records, path, "instruction").splitlines()[1:-1] == [
+        *(f"  a.jsonl:{n}  {line}" for n, line in enumerate(expected, 1)),
+        "  a.jsonl:8  'tools' is {'a': 1}, expected a list of JSON schemas",
+    ]
 
 
 def test_chats_without_an_answer_or_with_strange_messages_are_listed(write):

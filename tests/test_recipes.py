@@ -20,9 +20,10 @@ from jlora.core.paths import flatten
 from jlora.core.tree import merge, split, summary
 from jlora.recipes import config as configs
 from jlora.recipes import runs
-from jlora.recipes.batches import pad
+from jlora.recipes.batches import make_rows, pad
 from jlora.recipes.config import Optimisation
 from jlora.recipes.fit import Compiled, Evaluation, History, Job, Resumed, Step, fit, make_optimizer, prepare, schedule
+from jlora.recipes.metrics import entities
 from jlora.recipes.readers import Corpus, Text
 from jlora.recipes.tasks import TASKS, log_softmax
 
@@ -168,6 +169,24 @@ def test_an_evaluations_loss_weighs_every_token_alike(jobs):
     found = task.score(job.params, job.validation)
     assert found.loss == pytest.approx(total / targets, rel=1e-5)
     assert found.metrics["perplexity"] == pytest.approx(math.exp(found.loss))
+
+
+def test_entities_beyond_max_length_count_as_missed(jobs, files):
+    job = jobs["token_classification"]
+    records = [record for record in read(job.config).splits["validation"] if len(record.tokens) > 3]
+    labels, tokenizer = job.task.labels, job.task.loaded.tokenizer
+    whole = make_rows(tokenizer, records, max_length=32, labels=labels)
+    cut = make_rows(tokenizer, records, max_length=5, labels=labels)
+    assert whole.dropped == 0 < cut.dropped and cut.cut == sum(len(record.tokens) - 3 for record in records)
+    found = job.task.score(job.params, cut.rows)
+    # The tags of the words that are read, and none for those that are not.
+    alone = job.task.score(job.params, [row._replace(beyond=None) for row in cut.rows])
+    expected = [[*said, *["O"] * (len(record.tokens) - 3)] for said, record in zip(alone.outputs, records, strict=True)]
+    assert found.outputs == expected
+    gold = {(n, *entity) for n, record in enumerate(records) for entity in entities(record.tags)}
+    said = {(n, *entity) for n, tags in enumerate(expected) for entity in entities(tags)}
+    assert found.metrics["recall"] == len(gold & said) / len(gold)
+    assert (found.loss, found.metrics["precision"]) == (alone.loss, alone.metrics["precision"])
 
 
 def test_log_softmax_holds_for_logits_that_would_overflow():

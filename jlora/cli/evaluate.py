@@ -37,6 +37,7 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
         {"test": source},
         task,
         fields=fields_of(run.config),
+        format=run.config.data.format,
         unit=run.config.data.unit,
         labels=run.task.labels or None,
     )

@@ -29,7 +29,7 @@ from jlora.interop.huggingface import LoadedModel, find_folder
 from jlora.recipes import runs
 from jlora.recipes.agreement import coarsest_dtype, compare
 from jlora.recipes.batches import Row, Rows, check_targets, make_rows, pack
-from jlora.recipes.config import Config
+from jlora.recipes.config import Config, Data
 from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, can_be_written, fit, nulled
 from jlora.recipes.readers import Corpus, read_corpus
 from jlora.recipes.runs import Run
@@ -39,7 +39,7 @@ FIELDS = {
     "sequence_classification": ("text", "label"),
     "token_classification": ("tokens", "tags"),
     "causal_lm": ("text",),
-    "instruction": ("messages", "question", "answer"),
+    "instruction": ("messages", "question", "answer", "input", "system", "tools"),
 }
 
 
@@ -166,8 +166,8 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     console.print(opening(counts, corpus, task, job), highlight=False, soft_wrap=True)
     print_format(console, config, loaded)
     for name, found in rows.items():
-        if found.cut and data.task != "causal_lm":
-            console.print(f"{found.cut} of {name} reach beyond max_length = {data.max_length} tokens, and are cut.")
+        for line in losses(data, name, found):
+            console.print(line, highlight=False, soft_wrap=True)
     asked = "test" if "test" in rows else "validation"
     before = task.score(params, rows[asked].rows)
 
@@ -205,6 +205,7 @@ def read(config: Config) -> Corpus:
         {name: source for name, source in sources.items() if source is not None},
         data.task,
         fields=fields_of(config),
+        format=data.format,
         unit=data.unit,
         answers=data.answers,
         allow_overlap=data.allow_overlap,
@@ -236,6 +237,25 @@ def rows_of(config: Config, tokenizer: Any, corpus: Corpus, split: str) -> Rows:
     found = make_rows(tokenizer, corpus.splits[split], max_length=data.max_length, labels=corpus.labels)
     packs = data.pack and data.task in ("causal_lm", "instruction")
     return found._replace(rows=pack(found.rows, data.max_length)) if packs else found
+
+
+def losses(data: Data, split: str, rows: Rows) -> list[str]:
+    """Lines that say what `max_length` left out of a split, and what to do; none where it left out nothing."""
+    beyond = f"beyond max_length = {data.max_length} tokens: raise data.max_length."
+    if data.task == "token_classification":
+        return [
+            *([f"{split}: {count(rows.cut, 'word is', 'words are')} {beyond}"] if rows.cut else []),
+            *(
+                [f"{split}: {count(rows.dropped, 'entity counts', 'entities count')} as missed there."]
+                * bool(rows.dropped)
+            ),
+        ]
+    what = "chat" if data.task == "instruction" else "text"
+    filled = f"dropped: the prompt alone fills max_length = {data.max_length} tokens: raise data.max_length."
+    return [
+        *([f"{split}: {count(rows.cut, f'{what} is', f'{what}s are')} cut off {beyond}"] if rows.cut else []),
+        *([f"{split}: {count(rows.dropped, 'chat is', 'chats are')} {filled}"] if rows.dropped else []),
+    ]
 
 
 def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
@@ -356,8 +376,15 @@ def opening(counts: Summary, corpus: Corpus, task: Any, job: Job) -> str:
     return (
         f"Training {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.2f} %): "
         f"{len(adapted)} kernels at rank {ranks}, scaling {scalings}{whole}.\n"
-        f"{classes}Records: {sizes}. {job.steps:,} steps, {len(job.batches):,} to an epoch."
+        f"{classes}Records: {sizes}. {read_as(corpus)} {job.steps:,} steps, {len(job.batches):,} to an epoch."
     )
+
+
+def read_as(corpus: Corpus) -> str:
+    """How the files were read, for all splits at once where it is the same."""
+    if len(set(corpus.formats.values())) == 1:
+        return f"Read as {next(iter(corpus.formats.values()))}."
+    return "Read as " + "; ".join(f"{split}: {form}" for split, form in corpus.formats.items()) + "."
 
 
 def peak_memory() -> int:

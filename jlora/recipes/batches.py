@@ -9,10 +9,14 @@ from jaxtyping import Float, Int
 
 from jlora.core.errors import complain, count
 from jlora.interop.chat import ChatError, render_chat
-from jlora.recipes.readers import Chat, Labelled, Message, Record, Tagged, Text, shown
+from jlora.recipes.metrics import entities
+from jlora.recipes.readers import Chat, Labelled, Message, Record, Tagged, Text, is_learned, shown
 
 SHORTEST_BUCKET = 16
-ASSISTANT, USER = "assistant", "user"
+USER = "user"
+# Keys of a message that some templates leave out; those of a tool's answer only link it to its call.
+UNCOMMON_KEYS = frozenset({"tool_calls", "reasoning_content", "name"})
+TOOL = "tool"
 
 
 class Row(NamedTuple):
@@ -23,12 +27,14 @@ class Row(NamedTuple):
         targets: the class of the text, or one of each token: its tag, or the token that follows.
         weights: 1 where a target counts, 0 where it doesn't; of the targets' shape.
         segments: of a packed row, which text a token is of, from 1.
+        beyond: of a tagged sentence, the classes of the words that `max_length` cut off.
     """
 
     ids: Int[np.ndarray, " time"]
     targets: Int[np.ndarray, "*time"]
     weights: Float[np.ndarray, "*time"]
     segments: Int[np.ndarray, " time"] | None = None
+    beyond: Int[np.ndarray, " words"] | None = None
 
 
 class Rows(NamedTuple):
@@ -36,11 +42,14 @@ class Rows(NamedTuple):
 
     Attributes:
         rows: in the records' order. Texts and chats may make several, or none where there is nothing to learn.
-        cut: what `max_length` cost: words of tagged sentences, else the number of texts or chats that were cut.
+        cut: what `max_length` cut off: words of tagged sentences, else the number of texts or chats that lost tokens.
+        dropped: what `max_length` left nothing to learn of: the number of chats whose prompt alone fills it, or of
+            entities that reach beyond it.
     """
 
     rows: list[Row]
     cut: int
+    dropped: int = 0
 
 
 class Batch(TypedDict):
@@ -61,13 +70,15 @@ def make_rows(tokenizer: Any, records: Sequence[Record], *, max_length: int, lab
 
     - A labelled text is cut to `max_length`; its target is the label's place in `labels`.
     - A tagged sentence is cut so too. A word's tag stands on its first piece, other pieces and special tokens weigh
-      nothing: the tokens of weight 1 are the sentence's first words, in order, and only words cut off are missing.
+      nothing: the tokens of weight 1 are the sentence's first words, in order. The classes of the words cut off are
+      in `beyond`, so that their entities count as missed.
     - A text begins as the tokenizer begins one and ends in its end-of-sequence token, if it has one. Windows of
       `max_length` follow each other; a token's target is the next one of the text, in the next window if need be.
-    - A chat is written by the tokenizer's template, and the tokens of its answers weigh 1. Where a template writes an
-      answer otherwise once the chat goes on (without its thoughts, say), the answer gets a row of its own, as it was
-      last. Without a template it is a question, a line break, its answer and the end-of-sequence token. No token
-      reaches from a prompt into its answer: a prompt's tokens are those that generation begins with.
+    - A chat is written by the tokenizer's template, which gets its tools and the calls of them, and the tokens of its
+      answers weigh 1, but those of messages of weight 0. Where a template writes an answer otherwise once the chat
+      goes on (without its thoughts, say), the answer gets a row of its own, as it was last. Without a template it is a
+      question, a line break, its answer and the end-of-sequence token. No token reaches from a prompt into its answer:
+      a prompt's tokens are those that generation begins with.
 
     Args:
         tokenizer: of transformers.
@@ -146,16 +157,18 @@ def _class_rows(tokenizer: Any, records: Sequence[Labelled], labels: Sequence[st
 
 def _tag_rows(tokenizer: Any, records: Sequence[Tagged], labels: Sequence[str], max_length: int) -> Rows:
     classes = {label: n for n, label in enumerate(labels)}
-    rows, cut = [], 0
+    rows, cut, dropped = [], 0, 0
     for record, (ids, words) in zip(records, _pieces(tokenizer, records, max_length), strict=True):
         # -1 is no word: special tokens, and before the first one.
         numbers = np.array([-1 if word is None else word for word in words])
         first = (numbers >= 0) & (numbers != np.concatenate([[-1], numbers[:-1]]))
         tags = np.array([classes[tag] for tag in record.tags], np.int32)
         targets = np.where(first, tags[numbers], 0).astype(np.int32)
-        rows.append(Row(np.array(ids, np.int32), targets, first.astype(np.float32)))
-        cut += len(record.tokens) - int(first.sum())
-    return Rows(rows, cut)
+        read = int(first.sum())
+        rows.append(Row(np.array(ids, np.int32), targets, first.astype(np.float32), beyond=tags[read:]))
+        cut += len(record.tokens) - read
+        dropped += sum(last >= read for _, _, last in entities(record.tags))
+    return Rows(rows, cut, dropped)
 
 
 def _pieces(tokenizer: Any, records: Sequence[Tagged], max_length: int) -> list[tuple[list[int], list[int | None]]]:
@@ -214,7 +227,7 @@ def _chat_rows(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Rows:
     wrong = []
     for n, chat in enumerate(chats):
         try:
-            turns += [(n, *texts) for texts in _turns(tokenizer, chat.messages)]
+            turns += [(n, *texts) for texts in _turns(tokenizer, chat)]
         except ChatError as error:
             wrong.append(f"{chat.at}  {error}")
     prompts = _encode(tokenizer, [prompt for _, prompt, _ in turns])
@@ -234,8 +247,13 @@ def _chat_rows(tokenizer: Any, chats: Sequence[Chat], max_length: int) -> Rows:
         found[-1][2][max(len(prompt) - 1, 0) : len(whole) - 1] = 1
     if wrong:
         raise _no_chat(wrong)
-    rows = [_next_tokens(np.array(ids, np.int32), weights, max_length) for _, ids, weights in reversed(found)]
-    return Rows([row for row in rows if row.weights.any()], sum(len(ids) > max_length for _, ids, _ in found))
+    made = [
+        (n, len(ids) > max_length, _next_tokens(np.array(ids, np.int32), weights, max_length))
+        for n, ids, weights in reversed(found)
+    ]
+    learned = {n for n, _, row in made if row.weights.any()}
+    long = {n for n, is_long, _ in made if is_long}
+    return Rows([row for *_, row in made if row.weights.any()], len(long & learned), len(long - learned))
 
 
 def _no_chat(wrong: Sequence[str]) -> ValueError:
@@ -244,28 +262,63 @@ def _no_chat(wrong: Sequence[str]) -> ValueError:
     return ValueError(complain("data", problem, shown(wrong), fix))
 
 
-def _turns(tokenizer: Any, messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """The chat before and after every answer."""
-    answers = [n for n, message in enumerate(messages) if message["role"] == ASSISTANT]
-    return [(_prompt(tokenizer, messages[:n]), _written(tokenizer, messages[: n + 1])) for n in answers]
+def _turns(tokenizer: Any, chat: Chat) -> list[tuple[str, str]]:
+    """The chat before and after every answer that is learned."""
+    messages, tools = chat.messages, chat.tools
+    _check_written(tokenizer, chat)
+    answers = [n for n, message in enumerate(messages) if is_learned(message)]
+    return [(_prompt(tokenizer, messages[:n], tools), _written(tokenizer, messages[: n + 1], tools)) for n in answers]
 
 
-def _prompt(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _check_written(tokenizer: Any, chat: Chat) -> None:
+    """Checks that the template writes the parts of a chat that not every template knows.
+
+    Raises:
+        ChatError: a part that leaves no trace in the text.
+    """
+    for n, message in enumerate(chat.messages):
+        for key in sorted(UNCOMMON_KEYS.intersection(message)) if message["role"] != TOOL else ():
+            without = {name: value for name, value in message.items() if name != key}
+            before: Any = chat.messages[:n]
+            if not _changes(tokenizer, ((*before, message), chat.tools), ((*before, without), chat.tools)):
+                raise ChatError(f"the chat template does not write {key!r} of message {n}")
+    if chat.tools and not _changes(tokenizer, (chat.messages, chat.tools), (chat.messages, ())):
+        raise ChatError("the chat template does not write the tools")
+
+
+def _changes(tokenizer: Any, chat: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
+    """Whether two chats, each with its tools, are written differently."""
+    if not tokenizer.chat_template:
+        return False
+    text = _render(tokenizer, *chat, prompt=False)
+    try:
+        return text != _render(tokenizer, *other, prompt=False)
+    except ChatError:
+        # The template refuses the other one, so it reads what that lacks.
+        return True
+
+
+def _prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
     """A chat up to where the next answer begins."""
     if tokenizer.chat_template:
-        return render_chat(tokenizer, messages, add_generation_prompt=True)
+        return _render(tokenizer, messages, tools, prompt=True)
     if [message["role"] for message in messages] != [USER]:
         raise ChatError("the tokenizer has no chat template, and this is no single question and answer")
     return messages[0]["content"] + "\n"
 
 
-def _written(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _written(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> str:
     """A chat up to the end of an answer; without a template the last token is still to come."""
     if tokenizer.chat_template:
-        return render_chat(tokenizer, messages, add_generation_prompt=False)
+        return _render(tokenizer, messages, tools, prompt=False)
     if tokenizer.eos_token_id is None:
         raise ChatError("the tokenizer has neither a chat template nor a token that ends an answer")
     return _prompt(tokenizer, messages[:-1]) + messages[-1]["content"]
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, prompt: bool) -> str:
+    given = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+    return render_chat(tokenizer, given, tools=tools or None, add_generation_prompt=prompt)
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jlora.core.errors import complain, count, nearest
-from jlora.recipes.readers import HUB
+from jlora.recipes.readers import HUB, Format, Unit
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,12 @@ class Data:
 
     Attributes:
         task: classes of texts, classes of tokens (BIO), a language model of texts, or answers to questions
-        train: file to train on, or hub:owner/name
+        train: file or folder of files to train on, or hub:owner/name
         validation: file that chooses the best adapter; left out, a share of train is held out for it
         test: file asked once before training and once after
         holdout: that share
         holdout_seed: draws it: the same one for runs with other seeds of their own
+        format: how chats are stored; auto recognizes the columns
         unit: what is one text in a .txt file
         answers: what each class of texts says to the user, as JSON lines {"label": ..., "answer": ...}
         text: field of a text
@@ -75,6 +76,9 @@ class Data:
         messages: field of a conversation
         question: field of a question, where there are no conversations
         answer: field of its answer
+        input: field of a text that follows the question (Alpaca), where there is one
+        system: field of a system message, where there is one
+        tools: field of the JSON schemas of tools, where there are any
         max_length: tokens of an example that are read: longer texts of a language model are cut into pieces, of all
             other tasks cut off
         pack: put several texts of a language model into one row
@@ -90,7 +94,8 @@ class Data:
     test: Path | None = None
     holdout: Annotated[float, Range(0, 0.9, above=True)] = 0.1
     holdout_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    unit: Literal["paragraph", "line", "file"] = "paragraph"
+    format: Format = "auto"
+    unit: Unit = "paragraph"
     answers: Path | None = None
     text: str = "text"
     label: str = "label"
@@ -99,6 +104,9 @@ class Data:
     messages: str = "messages"
     question: str = "question"
     answer: str = "answer"
+    input: str = "input"
+    system: str = "system"
+    tools: str = "tools"
     max_length: Annotated[int, Range(3)] = 128
     pack: bool = True
     allow_overlap: bool = False

@@ -21,6 +21,7 @@ from jlora.interop.huggingface import LoadedModel
 from jlora.recipes.batches import Row, ordered_batches
 from jlora.recipes.config import Config
 from jlora.recipes.metrics import entity_scores
+from jlora.recipes.readers import OUTSIDE
 from jlora.training.losses import cross_entropy
 from jlora.training.sharding import place_batch
 
@@ -160,7 +161,10 @@ class Entities(Classes):
     measure = "f1"
 
     def score(self, params: Tree, rows: Sequence[Row], *, merged: bool = False) -> Scores:
-        """Precision, recall and F1 of entities; `outputs` are the tags of each row's words."""
+        """Precision, recall and F1 of entities; `outputs` are the tags of each row's words.
+
+        Words that `max_length` cut off are tagged as outside, so their entities count as missed.
+        """
         found: list[list[str]] = [[] for _ in rows]
         gold: list[list[str]] = [[] for _ in rows]
         total, targets = 0.0, 0
@@ -173,6 +177,10 @@ class Entities(Classes):
                 targets += len(classes)
                 gold[place] = [self.labels[n] for n in classes]
                 found[place] = [self.labels[n] for n in out[line][kept].argmax(-1)]
+                beyond = rows[place].beyond
+                if beyond is not None:
+                    gold[place] += [self.labels[n] for n in beyond]
+                    found[place] += [OUTSIDE] * len(beyond)
         precision, recall, f1 = entity_scores(gold, found)
         return Scores(total / targets, {"precision": precision, "recall": recall, "f1": f1}, f1, found)
 
