@@ -15,7 +15,7 @@ import pytest
 import tiny_job
 
 from jlora.cli.show import hints, model_card
-from jlora.cli.train import held_out, read, rows_of
+from jlora.cli.train import read, rows_of
 from jlora.core.paths import flatten
 from jlora.core.tree import merge, split, summary
 from jlora.recipes import config as configs
@@ -24,7 +24,6 @@ from jlora.recipes.batches import make_rows, pad
 from jlora.recipes.config import Optimisation
 from jlora.recipes.fit import Compiled, Evaluation, History, Job, Resumed, Step, fit, make_optimizer, prepare, schedule
 from jlora.recipes.metrics import entities
-from jlora.recipes.readers import Corpus, Text
 from jlora.recipes.tasks import TASKS, log_softmax
 
 TASK_NAMES = tuple(TASKS)
@@ -404,17 +403,6 @@ def test_a_run_killed_while_it_is_begun_can_be_begun_again(jobs, tmp_path, monke
         runs.begin_run(config, ["a"], {}, resume=resume)
         assert configs.read(tmp_path / str(n) / "config.toml") == config
         assert json.loads((tmp_path / str(n) / "labels.json").read_text()) == [{"label": "a"}]
-
-
-def test_records_held_out_are_the_same_each_time_and_none_is_lost():
-    corpus = Corpus({"train": [Text(str(n)) for n in range(20)]}, (), {})
-    found = held_out(corpus, 0.25, 0)
-    assert held_out(corpus, 0.25, 0) == found != held_out(corpus, 0.25, 1)
-    assert len(found.splits["validation"]) == 5
-    both = found.splits["train"] + found.splits["validation"]
-    assert sorted(both) == sorted(corpus.splits["train"])
-    with pytest.raises(ValueError, match="1 record can't be shared"):
-        held_out(Corpus({"train": [Text("a")]}, (), {}), 0.25, 0)
 
 
 Curve = namedtuple("Curve", "training validation")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
@@ -22,7 +21,7 @@ from rich.console import Console
 from jlora.cli import show
 from jlora.cli.predict import answers
 from jlora.cli.show import Monitor, learning_curve, megabytes, result_table
-from jlora.core.errors import complain, count
+from jlora.core.errors import count
 from jlora.core.tree import Summary, merge, summary
 from jlora.interop.chat import describe_format
 from jlora.interop.huggingface import LoadedModel, find_folder
@@ -31,6 +30,7 @@ from jlora.recipes.agreement import coarsest_dtype, compare
 from jlora.recipes.batches import Row, Rows, check_targets, make_rows, pack
 from jlora.recipes.config import Config, Data
 from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, can_be_written, fit, nulled
+from jlora.recipes.holdout import hold_out
 from jlora.recipes.readers import Corpus, read_corpus
 from jlora.recipes.runs import Run
 from jlora.recipes.tasks import TASKS, Classes, Scores
@@ -210,19 +210,7 @@ def read(config: Config) -> Corpus:
         answers=data.answers,
         allow_overlap=data.allow_overlap,
     )
-    return corpus if data.validation is not None else held_out(corpus, data.holdout, data.holdout_seed)
-
-
-def held_out(corpus: Corpus, share: float, seed: int) -> Corpus:
-    """The corpus with a share of its training records for validation; a seed draws the same ones each time."""
-    records = corpus.splits["train"]
-    size = max(1, round(share * len(records)))
-    if size >= len(records):
-        problem = f"{count(len(records), 'record')} can't be shared between training and validation."
-        raise ValueError(complain("data", problem, [], "add records, or lower data.holdout."))
-    chosen = set(np.random.default_rng(seed).permutation(len(records))[:size].tolist())
-    train, validation = ([record for n, record in enumerate(records) if (n in chosen) == out] for out in (False, True))
-    return corpus._replace(splits={**corpus.splits, "train": train, "validation": validation})
+    return corpus if data.validation is not None else hold_out(corpus, data.holdout, data.holdout_seed)
 
 
 def fields_of(config: Config) -> dict[str, str]:
@@ -376,7 +364,8 @@ def opening(counts: Summary, corpus: Corpus, task: Any, job: Job) -> str:
     return (
         f"Training {counts.trainable:,} of {counts.total:,} parameters ({counts.percent:.2f} %): "
         f"{len(adapted)} kernels at rank {ranks}, scaling {scalings}{whole}.\n"
-        f"{classes}Records: {sizes}. {read_as(corpus)} {job.steps:,} steps, {len(job.batches):,} to an epoch."
+        f"{classes}Records: {sizes}. {job.steps:,} steps, {len(job.batches):,} to an epoch.\n"
+        f"{read_as(corpus)}"
     )
 
 

@@ -1069,19 +1069,20 @@ def shown(offenders: Sequence[str]) -> list[str]:
     return [*offenders[:SHOWN], *([f"and {rest} more"] if rest > 0 else [])]
 
 
-def _labels(record: Labelled | Tagged) -> tuple[str, ...]:
-    return record.tags if isinstance(record, Tagged) else (record.label,)
+def labels_of(record: Record) -> tuple[str, ...]:
+    """A record's label or tags; none in a task without."""
+    return record.tags if isinstance(record, Tagged) else (record.label,) if isinstance(record, Labelled) else ()
 
 
 def _check_labels(splits: Mapping[str, list[Any]], given: Sequence[str] | None) -> tuple[str, ...]:
     first = next(iter(splits))
-    labels = tuple(given or sorted({label for record in splits[first] for label in _labels(record)}))
+    labels = tuple(given or sorted({label for record in splits[first] for label in labels_of(record)}))
     known = set(labels)
     unknown = [
         f"{record.at}  {label!r}  nearest: {nearest(label, labels, 1)[0]!r}"
         for split in splits.values()
         for record in split
-        for label in dict.fromkeys(_labels(record))
+        for label in dict.fromkeys(labels_of(record))
         if label not in known
     ]
     if unknown:
@@ -1100,20 +1101,26 @@ def _check_overlap(splits: Mapping[str, list[Any]]) -> None:
     twice = []
     for name, split in splits.items():
         for record in split:
-            text = _text_of(record)
-            place, at = first.setdefault(" ".join(text.casefold().split()), (name, record.at)) if text else (name, "")
+            # A sentence without an entity gives nothing of the result away.
+            if isinstance(record, Tagged) and set(record.tags) == {OUTSIDE}:
+                continue
+            place, at = first.setdefault(normalized_text(record), (name, record.at))
             if place != name:
-                twice.append(f"{record.at}  {_brief(text)} is in {at}")
+                twice.append(f"{record.at}  {_brief(_text_of(record))} is in {at}")
     if twice:
         problem = f"{count(len(twice), 'text stands', 'texts stand')} in two splits."
         fix = "delete one of the two, or the result says too much; or set allow_overlap."
         raise ValueError(complain("data", problem, shown(twice), fix))
 
 
+def normalized_text(record: Record) -> str:
+    """What tells a record's text from others: the text without its case and its spaces."""
+    return " ".join(_text_of(record).casefold().split())
+
+
 def _text_of(record: Record) -> str:
-    """What gives the result away if it was trained on; nothing in a sentence without an entity."""
     if isinstance(record, Tagged):
-        return " ".join(record.tokens) if set(record.tags) != {OUTSIDE} else ""
+        return " ".join(record.tokens)
     if isinstance(record, Chat):
         return "\n".join(message.get("content") or json.dumps(message["tool_calls"]) for message in record.messages)
     return record.text
