@@ -248,6 +248,23 @@ def test_steps_and_the_times_of_evaluations_are_as_told(jobs, tmp_path):
     assert isinstance(again[-1], Resumed) and again[-1].step == 3
 
 
+def test_a_run_never_resumes_with_other_data_in_either_split(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    job = dataclasses.replace(job, config=settings(job.config, optimisation={"steps": 2}, run={"evaluate_every": 1}))
+    list(fit(job, tmp_path))
+    moved = {"rows": [*job.rows, job.validation[0]], "validation": job.validation[1:]}
+    for changes, names in [
+        (("rows",), "training"),
+        (("validation",), "validation"),
+        (moved, "training and validation"),
+    ]:
+        other = dataclasses.replace(job, **{name: moved[name] for name in changes})
+        with pytest.raises(ValueError, match=f"the {names} data are not those the run was begun with") as caught:
+            list(fit(other, tmp_path))
+        assert "another version of jlora drew the validation split" in str(caught.value)
+    assert [type(event) for event in fit(job, tmp_path)] == [Compiled, Resumed]
+
+
 def test_parts_of_a_batch_one_after_the_other_train_as_the_whole(jobs, tmp_path):
     job = jobs["causal_lm"]
     assert len({int(row.weights.sum()) for row in job.rows}) > 1

@@ -333,10 +333,9 @@ class Job:
         return {"batch_size": size, "max_length": self.config.data.max_length, "pad_id": pad_id}
 
     @functools.cached_property
-    def digest(self) -> int:
-        """What tells these rows from others."""
-        parts = (leaf.tobytes() for row in self.rows for leaf in (row.ids, row.targets, row.weights))
-        return functools.reduce(lambda digest, part: zlib.crc32(part, digest), parts, 0)
+    def digests(self) -> dict[str, int]:
+        """What tells the rows of each split from others."""
+        return {"rows": digest(self.rows), "validation": digest(self.validation)}
 
     @property
     def steps(self) -> int:
@@ -347,6 +346,12 @@ class Job:
     def put(self, batch: dict[str, np.ndarray]) -> Any:
         """This process's rows of a batch on its devices."""
         return batch if self.mesh is None else place_rows(batch, self.mesh)
+
+
+def digest(rows: Sequence[Row]) -> int:
+    """A checksum of rows."""
+    parts = (leaf.tobytes() for row in rows for leaf in (row.ids, row.targets, row.weights))
+    return functools.reduce(lambda checksum, part: zlib.crc32(part, checksum), parts, 0)
 
 
 def make_step(job: Job) -> tuple[Any, TrainState, Tree]:
@@ -401,7 +406,7 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
     batches: Any = iter(job.batches.map(own).repeat(math.ceil(steps / per_epoch)).to_iter_dataset())
 
     def save(n: int) -> None:
-        notes = {"rows": job.digest, "data": batches.get_state(), "progress": progress.notes()}
+        notes = {**job.digests, "data": batches.get_state(), "progress": progress.notes()}
         checkpoints.save(n, state, notes | {"written": history.position})
 
     try:
@@ -410,7 +415,7 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
             history.rewind(0)
         else:
             state, notes = found
-            check_rows(notes["rows"], job.digest)
+            check_rows(notes, job.digests)
             progress = Progress.read(notes["progress"])
             batches.set_state(notes["data"])
             yield Resumed(int(state.step), history.rewind(notes["written"]))
@@ -454,11 +459,22 @@ def agree(number: int) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def check_rows(before: int, now: int) -> None:
-    """Raises where a run would go on with other data."""
-    if before != now:
-        problem = "the training data are not those the run was begun with."
-        raise ValueError(complain("resume", problem, [], f"put them back, or {ANEW}"))
+def check_rows(notes: dict[str, Any], digests: dict[str, int]) -> None:
+    """Checks that a run resumes with the data that it was begun with.
+
+    Args:
+        notes: those of the checkpoint; older ones have no digest of the validation rows.
+        digests: of the rows of each split now.
+
+    Raises:
+        ValueError: rows of a split are others.
+    """
+    names = {"rows": "training", "validation": "validation"}
+    changed = [names[name] for name, value in digests.items() if notes.get(name, value) != value]
+    if changed:
+        problem = f"the {' and '.join(changed)} data are not those the run was begun with."
+        reasons = ["a file has changed, or another version of jlora drew the validation split"]
+        raise ValueError(complain("resume", problem, reasons, f"put the files back, or {ANEW}"))
 
 
 def is_over(progress: Progress, patience: int | None) -> bool:
