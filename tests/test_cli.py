@@ -112,6 +112,7 @@ def test_flags_win_over_the_file_and_a_run_is_not_written_over_unless_asked(fres
     flat = " ".join(shown.split())
     assert "6 kernels at rank 2, scaling 4, and classifier in full." in flat
     assert "3 classes. Records: 72 train, 24 validation, 24 test. 9 steps, 9 to an epoch." in flat
+    assert "Read as labeled texts ('text', 'label')." in flat
     assert "of parameters, optimizer state and batch" in flat
     assert "epoch 1/1 step 9 loss " in flat
     for row in ("test accuracy before", "test accuracy after", "parameters trained", "adapter on disk", "seconds"):

@@ -82,6 +82,13 @@ def test_every_wrong_entry_is_listed_at_once_with_the_nearest_known_one(tmp_path
     )
 
 
+def test_values_that_exclude_each_other_are_refused(tmp_path):
+    balanced = {"class_weights": "balanced"}
+    assert parse(tmp_path, optimisation=balanced).optimisation.class_weights == "balanced"
+    with pytest.raises(ValueError, match=r"optimisation\.class_weights  expected: no class weights for task causal_lm"):
+        parse(tmp_path, data={"task": "causal_lm"}, optimisation=balanced)
+
+
 def test_missing_entries_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"data\.train is missing  expected: a path\n  output\.folder is missing"):
         configs.parse({"model": {"name": "m"}, "data": {"validation": "b"}}, source="x", folder=tmp_path)

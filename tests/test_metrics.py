@@ -1,8 +1,9 @@
-"""Entities as seqeval counts them; the expected values are what seqeval 1.2.2 gives in its default mode."""
+"""Entities as seqeval 1.2.2 counts them in its default mode, and macro-F1 as scikit-learn defines it."""
 
+import numpy as np
 import pytest
 
-from jlora.recipes.metrics import entities, entity_scores
+from jlora.recipes.metrics import entities, entity_scores, macro_f1
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,21 @@ def test_sentences_that_do_not_match_are_an_error():
         entity_scores([["O"], ["O", "O"]], [["O"], ["O"]])
     with pytest.raises(ValueError, match="1 tagged sentences don't match 2"):
         entity_scores([["O"], ["O"]], [["O"]])
+
+
+def test_macro_f1_is_the_mean_of_each_classs_own():
+    rng = np.random.default_rng(0)
+    gold, predicted = rng.integers(0, 6, (2, 200))
+    # A class that is never predicted, one that is only predicted, and one that is nowhere.
+    predicted[predicted == 1] = 0
+    gold[gold == 2] = 0
+    gold[gold == 4], predicted[predicted == 4] = 5, 5
+    scores = []
+    for label in (0, 1, 2, 3, 5):
+        right = sum(g == p == label for g, p in zip(gold, predicted, strict=True))
+        precision, recall = (right / max(sum(side == label), 1) for side in (predicted, gold))
+        scores.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    assert macro_f1(gold, predicted) == pytest.approx(np.mean(scores), abs=1e-12)
+    assert macro_f1(np.array([1, 1]), np.array([1, 1])) == 1.0
+    # scikit-learn's documented example.
+    assert macro_f1(np.array([0, 1, 2, 0, 1, 2]), np.array([0, 2, 1, 0, 0, 1])) == pytest.approx(0.26666, abs=1e-5)

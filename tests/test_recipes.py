@@ -28,7 +28,7 @@ from jlora.recipes.tasks import TASKS, log_softmax
 
 TASK_NAMES = tuple(TASKS)
 MEASURES = {
-    "sequence_classification": {"accuracy"},
+    "sequence_classification": {"accuracy", "macro_f1"},
     "token_classification": {"precision", "recall", "f1"},
     "causal_lm": {"perplexity"},
     "instruction": {"perplexity"},
@@ -168,6 +168,36 @@ def test_an_evaluations_loss_weighs_every_token_alike(jobs):
     found = task.score(job.params, job.validation)
     assert found.loss == pytest.approx(total / targets, rel=1e-5)
     assert found.metrics["perplexity"] == pytest.approx(math.exp(found.loss))
+
+
+def test_class_weights_are_those_of_torchs_cross_entropy(jobs, files):
+    torch = pytest.importorskip("torch", reason="torch is the oracle")
+    config = settings(configs.read(files["sequence_classification"]), optimisation={"class_weights": "balanced"})
+    corpus = read(config)
+    # One class is rare: the weights differ, and a batch of the common one alone weighs less than a row.
+    rare = corpus.labels[0]
+    few = [record for record in corpus.splits["train"] if record.label != rare]
+    few += [record for record in corpus.splits["train"] if record.label == rare][:3]
+    corpus = corpus._replace(splits=corpus.splits | {"train": few})
+    job = jobs["sequence_classification"]
+    rows = rows_of(config, job.task.loaded.tokenizer, corpus, "train").rows
+    sizes = np.array([sum(record.label == label for record in few) for label in corpus.labels])
+    weights = len(few) / (len(sizes) * sizes)
+    assert all(row.weights == np.float32(weights[row.targets]) for row in rows)
+    plain = rows_of(config, job.task.loaded.tokenizer, corpus, "validation").rows
+    assert {float(row.weights) for row in plain} == {1.0}
+    loss = jax.jit(job.task.loss_fn(0.0))
+    for chosen in (rows[:1], rows[-5:], rows[:8]):
+        batch = prepare(pad(chosen, size=8, length=32, pad_id=0)).batch
+        with jax.default_matmul_precision("highest"):
+            found = float(loss(job.params, batch, jax.random.key(0)))
+            logits = job.task.score(job.params, chosen).outputs
+        expected = torch.nn.functional.cross_entropy(
+            torch.tensor(logits, dtype=torch.float64),
+            torch.tensor([int(row.targets) for row in chosen]),
+            weight=torch.tensor(weights),
+        )
+        assert found == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_entities_beyond_max_length_count_as_missed(jobs, files):

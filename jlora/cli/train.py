@@ -27,7 +27,7 @@ from jlora.interop.chat import describe_format
 from jlora.interop.huggingface import LoadedModel, find_folder
 from jlora.recipes import runs
 from jlora.recipes.agreement import coarsest_dtype, compare
-from jlora.recipes.batches import Row, Rows, check_targets, make_rows, pack
+from jlora.recipes.batches import Row, Rows, balance_classes, check_targets, make_rows, pack
 from jlora.recipes.config import Config, Data
 from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, can_be_written, fit, nulled
 from jlora.recipes.holdout import hold_out
@@ -220,9 +220,11 @@ def fields_of(config: Config) -> dict[str, str]:
 
 
 def rows_of(config: Config, tokenizer: Any, corpus: Corpus, split: str) -> Rows:
-    """A split's rows, packed where the config says so."""
+    """A split's rows, packed and weighed where the config says so."""
     data = config.data
     found = make_rows(tokenizer, corpus.splits[split], max_length=data.max_length, labels=corpus.labels)
+    if split == "train" and config.optimisation.class_weights is not None:
+        found = found._replace(rows=balance_classes(found.rows))
     packs = data.pack and data.task in ("causal_lm", "instruction")
     return found._replace(rows=pack(found.rows, data.max_length)) if packs else found
 

@@ -25,7 +25,7 @@ class Row(NamedTuple):
     Attributes:
         ids: tokens.
         targets: the class of the text, or one of each token: its tag, or the token that follows.
-        weights: 1 where a target counts, 0 where it doesn't; of the targets' shape.
+        weights: 1 where a target counts, 0 where it doesn't, or the weight of a class; of the targets' shape.
         segments: of a packed row, which text a token is of, from 1.
         beyond: of a tagged sentence, the classes of the words that `max_length` cut off.
     """
@@ -99,6 +99,17 @@ def make_rows(tokenizer: Any, records: Sequence[Record], *, max_length: int, lab
     if isinstance(first, Tagged):
         return _tag_rows(tokenizer, known, labels, max_length)
     return (_text_rows if isinstance(first, Text) else _chat_rows)(tokenizer, known, max_length)
+
+
+def balance_classes(rows: Sequence[Row]) -> list[Row]:
+    """Rows of texts whose weights give every class the same weight in all: rows / (classes * rows of the class).
+
+    Source: scikit-learn, `class_weight="balanced"`.
+    """
+    classes = np.array([row.targets for row in rows])
+    _, place, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    weights = (len(rows) / (len(sizes) * sizes)).astype(np.float32)
+    return [row._replace(weights=row.weights * weights[n]) for row, n in zip(rows, place, strict=True)]
 
 
 def check_targets(who: str, splits: Mapping[str, Sequence[Row]], max_length: int) -> None:

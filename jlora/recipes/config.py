@@ -155,6 +155,7 @@ class Optimisation:
         accumulate: parts a batch is taken in, one after the other
         weight_decay: decoupled decay, where the optimizer has one
         clip: largest global norm of the gradient; left out, it is never clipped
+        class_weights: balanced gives every class of texts the same weight in the training loss; left out, every text
         max_skipped: steps with a loss or gradient that is not finite, after which the run stops
         seed: fixes the new head, the adapter, the order of the data, and dropout
     """
@@ -171,6 +172,7 @@ class Optimisation:
     accumulate: Annotated[int, Range(1)] = 1
     weight_decay: Annotated[float, Range(0)] = 0.0
     clip: Annotated[float, Range(0, above=True)] | None = None
+    class_weights: Literal["balanced"] | None = None
     max_skipped: Annotated[int, Range(1)] = 20
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
 
@@ -255,6 +257,7 @@ def parse(values: Mapping[str, Any], *, source: str, folder: Path) -> Config:
     """
     wrong: list[str] = []
     config = _section(Config, values, "", folder.absolute(), wrong)
+    wrong += [] if config is None else _conflicts(config)
     if wrong:
         problem = f"{count(len(wrong), 'entry', 'entries')} of {source} can't be used."
         fix = "correct them; `jlora train --help` lists every key."
@@ -302,6 +305,14 @@ def _section(kind: type, values: Any, where: str, folder: Path, wrong: list[str]
         elif _required(item):
             wrong.append(f"{prefix}{name} is missing  expected: {_expected(hints[name])}")
     return None if wrong else kind(**arguments)
+
+
+def _conflicts(config: Config) -> list[str]:
+    """Values that are right alone and wrong together."""
+    conflicts = []
+    if config.optimisation.class_weights is not None and config.data.task != "sequence_classification":
+        conflicts.append(f"optimisation.class_weights  expected: no class weights for task {config.data.task}")
+    return conflicts
 
 
 def _required(item: Field) -> bool:

@@ -288,7 +288,7 @@ class Prepared(NamedTuple):
 def prepare(batch: dict[str, np.ndarray], *, index: int = 0, count: int = 1) -> Prepared:
     """The part of a batch that process `index` of `count` holds."""
     weights = batch["weights"]
-    scaled = weights * np.float32(len(weights) / max(float(weights.sum()), 1.0))
+    scaled = weights * np.float32(len(weights) / (float(weights.sum()) or 1.0))
     rows = slice(len(weights) * index // count, len(weights) * (index + 1) // count)
     part = {name: value[rows] for name, value in (batch | {"weights": scaled}).items()}
     return Prepared(part, int((weights > 0).sum()), int(batch["attention_mask"].sum()))

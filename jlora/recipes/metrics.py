@@ -1,7 +1,10 @@
-"""What a tagger is worth: whole entities found, not tokens."""
+"""Metrics: the F1 of classes, and of whole entities."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
 
 from jlora.core.errors import complain
 
@@ -18,6 +21,24 @@ class EntityScores(NamedTuple):
     precision: float
     recall: float
     f1: float
+
+
+def macro_f1(gold: Int[np.ndarray, " rows"], predicted: Int[np.ndarray, " rows"]) -> float:
+    """The mean F1 of all classes that are in `gold` or `predicted`, each class weighing the same.
+
+    Args:
+        gold: the class of every row, from 0.
+        predicted: the class predicted for it.
+
+    >>> macro_f1(np.array([0, 1, 2, 0, 1, 2]), np.array([0, 2, 1, 0, 0, 1]))
+    0.26666666666666666
+
+    Source: scikit-learn, `sklearn.metrics.f1_score(average="macro")`, whose example this is.
+    """
+    classes = int(max(gold.max(), predicted.max())) + 1
+    right = np.bincount(gold[gold == predicted], minlength=classes)
+    both = np.bincount(gold, minlength=classes) + np.bincount(predicted, minlength=classes)
+    return float((2 * right[both > 0] / both[both > 0]).mean())
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -20,7 +20,7 @@ from jlora.core.paths import Tree
 from jlora.interop.huggingface import LoadedModel
 from jlora.recipes.batches import Row, ordered_batches
 from jlora.recipes.config import Config
-from jlora.recipes.metrics import entity_scores
+from jlora.recipes.metrics import entity_scores, macro_f1
 from jlora.recipes.readers import OUTSIDE
 from jlora.training.losses import cross_entropy
 from jlora.training.sharding import place_batch
@@ -125,7 +125,7 @@ class Classes(Task):
 
     head = "classification"
     trained: tuple[str, ...] = ("classifier",)
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] = ("accuracy", "macro_f1")
     measure = "accuracy"
 
     def loss_fn(self, dropout: float) -> LossFn:
@@ -143,14 +143,16 @@ class Classes(Task):
         return forward(params, batch).astype(jnp.float32)
 
     def score(self, params: Tree, rows: Sequence[Row], *, merged: bool = False) -> Scores:
-        """Accuracy; `outputs` are the logits (rows, labels)."""
+        """Accuracy and macro-F1; `outputs` are the logits (rows, labels)."""
         logits = np.empty((len(rows), len(self.labels)), np.float32)
         for places, _, out in self.ask(params, rows, merged):
             logits[places] = out[: len(places)]
         classes = np.array([row.targets for row in rows])
         losses = -log_softmax(logits)[np.arange(len(rows)), classes]
-        accuracy = float((logits.argmax(-1) == classes).mean())
-        return Scores(float(losses.mean()), {"accuracy": accuracy}, accuracy, logits)
+        predicted = logits.argmax(-1)
+        accuracy = float((predicted == classes).mean())
+        metrics = {"accuracy": accuracy, "macro_f1": macro_f1(classes, predicted)}
+        return Scores(float(losses.mean()), metrics, accuracy, logits)
 
 
 class Entities(Classes):
