@@ -16,6 +16,8 @@ from jlora.training.losses import cross_entropy
 from jlora.training.optimizer import optimizer
 from jlora.training.step import TrainState, make_train_step
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Advice",
     "LoadedModel",
@@ -26,6 +28,7 @@ __all__ = [
     "Summary",
     "SweepResult",
     "TrainState",
+    "__version__",
     "adapt",
     "advise",
     "allocate",

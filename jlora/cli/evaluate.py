@@ -1,11 +1,9 @@
 """`jlora eval`: what a saved run makes of other data."""
 
-import json
 from pathlib import Path
 
-from rich.console import Console
-
 from jlora.cli.show import result_table
+from jlora.cli.streams import Terminal, json_line
 from jlora.cli.train import fields_of, rows_of
 from jlora.core.errors import complain
 from jlora.core.tree import merge
@@ -47,8 +45,8 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
     scores = run.task.score(merge(run.params), rows, merged=True)
     found = {"loss": scores.loss, **scores.metrics}
     if as_json:
-        print(json.dumps({"data": str(source), "records": len(corpus.splits["test"]), **found}))
+        print(json_line({"data": str(source), "records": len(corpus.splits["test"]), **found}))
     else:
         table = [("data", str(source)), ("records", f"{len(corpus.splits['test']):,}")]
-        Console().print(result_table(table + [(name, f"{value:.4f}") for name, value in found.items()]))
+        Terminal().print(result_table(table + [(name, f"{value:.4f}") for name, value in found.items()]))
     return found

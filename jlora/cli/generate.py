@@ -1,13 +1,13 @@
 """`jlora generate`: a language model's text, as it comes."""
 
 import itertools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from jlora.cli.streams import decode_arguments, read_input
 from jlora.core.errors import complain
 from jlora.core.paths import Tree
 from jlora.core.tree import merge
@@ -61,7 +61,7 @@ def generate(
     if wrong:
         fix = 'ask as in: jlora generate MODEL "Once upon a time" --temperature 0.8.'
         raise ValueError(complain("generate", "nothing can be generated.", wrong, fix))
-    texts = list(prompts) or [sys.stdin.read().removesuffix("\n")]
+    texts = decode_arguments("generate", prompts) or [read_input("generate").removesuffix("\n")]
     loaded = load_model(name, dtype=dtype)
     if loaded.tokenizer is None:
         fix = "add the tokenizer's files to the model's folder."

@@ -13,11 +13,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+import jlora
+from jlora.cli.streams import describe_error, discard_output, flush_output, prepare_streams, report
 from jlora.core.errors import complain
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
 from jlora.recipes.plan import Settings
 
+DESCRIPTION = "LoRA fine-tuning for JAX and Flax. `jlora --version` prints the version."
 DONE, FAULT, MISTAKE, SIGNALLED, STOPPED = 0, 1, 2, 128, 130
 
 
@@ -329,42 +332,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: `--help` was asked for (0), or a flag is wrong (2).
     """
+    prepare_streams()
     try:
-        parse(sys.argv[1:] if argv is None else list(argv)).run()
+        run(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt:
-        print("jlora: stopped.", file=sys.stderr)
+        report("jlora: stopped.")
         return STOPPED
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        discard_output()
     except (ValueError, TypeError, OSError) as error:
-        if not is_mistake(error):
-            traceback.print_exc()
-            return FAULT
-        print(error, file=sys.stderr)
-        return MISTAKE
+        message = message_of(error)
+        report(traceback.format_exc() if message is None else message)
+        return FAULT if message is None else MISTAKE
     except Exception as error:
         # Only an error waits for this import.
         from jlora.recipes.fit import Stopped
 
-        if isinstance(error, Stopped):
-            print(f"jlora: {error}", file=sys.stderr)
-            return SIGNALLED + error.signal
-        traceback.print_exc()
-        return FAULT
+        stopped = isinstance(error, Stopped)
+        report(f"jlora: {error}" if stopped else traceback.format_exc())
+        return SIGNALLED + error.signal if isinstance(error, Stopped) else FAULT
     return DONE
 
 
-def is_mistake(error: Exception) -> bool:
-    """Whether the user can mend it: the system refused, or the message names its fix, as only ours do."""
-    return isinstance(error, OSError) or "\nFix: " in str(error)
+def run(argv: list[str]) -> None:
+    """Runs one command, and writes out all that it printed."""
+    try:
+        parse(argv).run()
+    except SystemExit:
+        flush_output()
+        raise
+    flush_output()
+
+
+def message_of(error: Exception) -> str | None:
+    """The message for an error that the user can fix; None for a fault of jlora."""
+    if "\nFix: " in str(error):
+        return str(error)
+    return describe_error(error) if isinstance(error, OSError | UnicodeError) else None
 
 
 def parse(argv: list[str]) -> Any:
     """The command that a command line asks for.
 
     Raises:
-        SystemExit: `--help` was asked for (0), or a flag is wrong (2).
+        SystemExit: `--help` or `--version` was given (0), or a flag is wrong (2).
         ValueError: the config file is not given first, or can't be used.
         OSError: it can't be read.
     """
+    if argv == ["--version"]:
+        print(f"jlora {jlora.__version__}")
+        raise SystemExit(DONE)
     # The file makes the flags' defaults, so it has to be known before they are.
     jobs: dict[str, Any] = {"train": Train, "sweep": Sweep}
     commands: Any = None
@@ -381,4 +399,4 @@ def parse(argv: list[str]) -> Any:
     others |= {"advise": Advise, "plan": Plan, "inspect": Inspect, "merge": Merge, "export": Export}
     for name, command in others.items():
         commands = commands | Annotated[command, tyro.conf.subcommand(name)]
-    return tyro.cli(commands, prog="jlora", args=argv, description="LoRA fine-tuning for JAX and Flax.")
+    return tyro.cli(commands, prog="jlora", args=argv, description=DESCRIPTION)

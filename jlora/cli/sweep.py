@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jlora.cli.report import PAGE, PICTURE, write_report
+from jlora.cli.streams import Terminal
 from jlora.cli.train import peak_memory, print_format, read, rows_of
 from jlora.core.errors import complain, nearest
 from jlora.core.layouts import max_rank
@@ -80,7 +81,7 @@ def sweep(
             written then.
         OSError: a file is missing, or `out` holds something else.
     """
-    console = Console()
+    console = Terminal()
     grid = {
         "ranks": numbers("ranks", ranks, int, config.adapter.rank),
         "learning_rates": numbers("lr", learning_rates, float, config.optimisation.learning_rate),

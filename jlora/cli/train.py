@@ -21,6 +21,7 @@ from rich.console import Console
 from jlora.cli import show
 from jlora.cli.predict import answers
 from jlora.cli.show import Monitor, learning_curve, megabytes, result_table
+from jlora.cli.streams import Terminal
 from jlora.core.errors import count
 from jlora.core.tree import Summary, merge, summary
 from jlora.interop.chat import describe_format
@@ -109,7 +110,7 @@ def train(config: Config) -> Result:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     join_processes()
     # On several hosts one process speaks and writes.
-    console, folder = Console(quiet=jax.process_index() != 0), config.output.folder
+    console, folder = Terminal(quiet=jax.process_index() != 0), config.output.folder
     runs.check_folder(config)
     mesh = runs.read_mesh(config)
     learnt = learn(config, mesh, console)

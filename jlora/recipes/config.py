@@ -239,6 +239,9 @@ def read(path: str | Path) -> Config:
         raise FileNotFoundError(
             complain("config", f"{path} does not exist.", [], "pass the path of a TOML file.")
         ) from None
+    except OSError as error:
+        problem = f"{path} can't be read: {error.strerror}."
+        raise OSError(complain("config", problem, [], "pass the path of a TOML file that you may read.")) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(complain("config", f"{path} is no TOML.", [str(error)], "correct that line.")) from None
     return parse(values, source=str(path), folder=path.parent)
