@@ -115,6 +115,8 @@ def test_flags_win_over_the_file_and_a_run_is_not_written_over_unless_asked(fres
     assert "Read as labeled texts ('text', 'label')." in flat
     assert "of parameters, optimizer state and batch" in flat
     assert "epoch 1/1 step 9 loss " in flat
+    logged = re.findall(r"^step (\d+)/9  epoch 1/1  loss \d.* examples/s  lr \d\.\de-0\d$", shown, re.M)
+    assert logged == ["2", "4", "6", "8"]
     for row in ("test accuracy before", "test accuracy after", "parameters trained", "adapter on disk", "seconds"):
         assert row in shown
     assert "on 24 rows (logits within" in shown

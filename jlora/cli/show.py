@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -25,17 +26,20 @@ QUESTION = "where is my parcel?"
 
 
 class Monitor:
-    """Follows a run: a live bar on a terminal, one plain line an evaluation elsewhere.
+    """Follows a run: a live bar on a terminal; elsewhere a plain line every `log_every` steps and at each evaluation.
 
     Args:
         console: where to.
+        steps: steps in all.
         epochs: passes over the data there will be.
+        log_every: steps to a plain line.
         measure: the metric that is shown, "loss" or one of an evaluation's.
         unit: what the rate counts, "tokens" or "examples".
     """
 
-    def __init__(self, console: Console, epochs: int, measure: str, unit: str):
-        self.console, self.epochs, self.measure, self.unit = console, epochs, measure, unit
+    def __init__(self, console: Console, *, steps: int, epochs: int, log_every: int, measure: str, unit: str):
+        self.console, self.steps, self.epochs, self.log_every = console, steps, epochs, log_every
+        self.measure, self.unit = measure, unit
         self.live = console.is_terminal
         self.mark = time.perf_counter()
         self.count, self.seconds, self.loss = 0, 0.0, float("nan")
@@ -52,7 +56,7 @@ class Monitor:
             disable=not self.live,
         )
         fields: dict[str, Any] = {"epoch": f"1/{epochs}", "loss": "-", "value": "-", "rate": "-", "learning_rate": "-"}
-        self.task = self.bar.add_task("train", total=None, **fields)
+        self.task = self.bar.add_task("train", total=steps, **fields)
 
     @contextlib.contextmanager
     def running(self) -> Iterator["Monitor"]:
@@ -67,29 +71,36 @@ class Monitor:
         if isinstance(event, Step):
             count = event.tokens if self.unit == "tokens" else event.targets
             self.count, self.seconds, self.loss = self.count + count, self.seconds + now - self.mark, event.loss
+            rate = f"{count / (now - self.mark):,.0f}"
             self.bar.update(
                 self.task,
                 completed=event.step,
-                total=event.steps,
                 epoch=f"{event.epoch}/{self.epochs}",
                 loss=f"{event.loss:.3f}",
-                rate=f"{count / (now - self.mark):,.0f}",
+                rate=rate,
                 learning_rate=f"{event.learning_rate:.1e}",
             )
+            if event.step % self.log_every == 0:
+                self.print(
+                    f"step {event.step}/{self.steps}  epoch {event.epoch}/{self.epochs}  loss {event.loss:.3f}"
+                    f"  {rate} {self.unit}/s  lr {event.learning_rate:.1e}"
+                )
         else:
             value = f"{value_of(event, self.measure):.3f}"
             self.bar.update(self.task, value=value)
-            if not self.live:
-                self.console.print(
-                    f"epoch {event.epoch}/{self.epochs}  step {event.step}  loss {self.loss:.3f}"
-                    f"  validation {self.measure} {value}  {self.count / max(self.seconds, 1e-9):,.0f} {self.unit}/s"
-                    + ("  best" if event.best else ""),
-                    highlight=False,
-                    soft_wrap=True,
-                )
+            self.print(
+                f"epoch {event.epoch}/{self.epochs}  step {event.step}  loss {self.loss:.3f}"
+                f"  validation {self.measure} {value}  {self.count / max(self.seconds, 1e-9):,.0f} {self.unit}/s"
+                + ("  best" if event.best else "")
+            )
             self.count, self.seconds = 0, 0.0
         # An evaluation's event comes after it, which is no training time.
         self.mark = time.perf_counter()
+
+    def print(self, line: str) -> None:
+        """Prints a plain line where there is no bar."""
+        if not self.live:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def value_of(event: Evaluation, measure: str) -> float:
@@ -103,7 +114,8 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="bold")
     table.add_column(justify="right")
     for row in rows:
-        table.add_row(*row)
+        # A path may hold brackets, which are markup to rich.
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -257,7 +257,8 @@ def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
     config, folder = job.config, job.config.output.folder
     unit = "examples" if type(job.task) is Classes else "tokens"
     epochs = -(-job.steps // len(job.batches))
-    monitor = Monitor(console, epochs, job.task.measure, unit)
+    log_every, measure = config.output.log_every, job.task.measure
+    monitor = Monitor(console, steps=job.steps, epochs=epochs, log_every=log_every, measure=measure, unit=unit)
     events: list[Step | Evaluation] = []
     with (
         signals() as asked,

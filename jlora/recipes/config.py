@@ -203,7 +203,7 @@ class Output:
     Attributes:
         folder: where the run is written; an unfinished run of the same config that is there goes on
         overwrite: replace a run that is already there
-        log_every: steps to a line of metrics
+        log_every: steps to a line of metrics, in metrics.jsonl and, without a terminal, in the output
         tensorboard: write the metrics as TensorBoard events too
     """
 
