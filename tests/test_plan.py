@@ -126,7 +126,7 @@ def job(model: str, kind: str, length: int, **options) -> configs.Config:
     )
 
 
-@pytest.mark.parametrize("kind", ["scanned decoder", "classes"])
+@pytest.mark.parametrize("kind", ["scanned decoder", "classes", "a decoder's classes"])
 def test_the_bytes_are_those_of_the_real_step(kind, tiny, tmp_path):
     length, size = 32, {"batch_size": 4}
     if kind == "classes":
@@ -135,6 +135,12 @@ def test_the_bytes_are_those_of_the_real_step(kind, tiny, tmp_path):
         config, asked = job(name, "sequence_classification", length, **options), {"labels": 3}
         loaded = load_model(name, head="classification", pooling="cls", num_labels=3)
         model = load_model(name, abstract=True, head="classification", pooling="cls", num_labels=3)
+    elif kind == "a decoder's classes":
+        options = size | {"scan": False, "remat": False}
+        name = str(tiny_job.make_llama(tmp_path / "llama"))
+        config, asked = job(name, "sequence_classification", length, **options), {"labels": 3}
+        asked["task"], model = "sequence_classification", load_model(name, abstract=True)
+        loaded = load_model(name, head="classification", num_labels=3)
     else:
         options = size | {"scan": True, "remat": True, "accumulate": 2, "optimizer": "adafactor"}
         config, asked = job(tiny, "causal_lm", length, **options), {}
@@ -153,7 +159,8 @@ def test_the_bytes_are_those_of_the_real_step(kind, tiny, tmp_path):
     assert found.adapter_bytes == sum(leaf.nbytes for path, leaf in leaves.items() if "_lora_" in path)
     assert found.base_bytes == sum(leaf.nbytes for path, leaf in leaves.items() if "_lora_" not in path)
     assert found.optimizer_bytes == bytes_of_moments
-    counts = jlora.summary(params, ("classifier",) if kind == "classes" else ())
+    heads = {"classes": ("classifier",), "a decoder's classes": ("score",)}
+    counts = jlora.summary(params, heads.get(kind, ()))
     assert (found.parameters, found.trained) == (counts.total, counts.trainable)
 
 
@@ -249,11 +256,13 @@ def test_mistakes_are_told_together_and_without_a_traceback(tiny, tmp_path, caps
         assert "Traceback" not in shown.err and "\nFix: " in shown.err
         return shown.err
 
-    text = mistake(tiny, "--rank", "0", "--sequence", "65", "--task", "token_classification", "--labels", "3")
+    text = mistake(tiny, "--rank", "0", "--sequence", "65", "--labels", "3")
     assert "rank = 0  expected: a whole number from 1" in text
     assert "sequence = 65  expected: at most 64 tokens" in text
-    assert "task = 'token_classification'  expected: causal_lm or instruction" in text
     assert "labels = 3  expected: none here" in text
+    bert = str(tiny_job.make_model(tmp_path / "bert"))
+    text = mistake(bert, "--task", "causal_lm")
+    assert "task = 'causal_lm'  expected: sequence_classification or token_classification" in text
     assert "accumulate = 3  expected: a divisor of batch_size = 4" in mistake(
         tiny, "--batch-size", "4", "--accumulate", "3"
     )

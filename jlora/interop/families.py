@@ -4,6 +4,7 @@ Flax modules are named as in the checkpoint, so one rule gives every tensor's na
 (a prefix, older spellings, tensors that go unread) stands in `FAMILIES`.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,17 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 from flax.traverse_util import flatten_dict
+from jax.typing import DTypeLike
 
 from jlora.core.errors import complain
 from jlora.models.bert import Bert, BertConfig
 from jlora.models.decoder import Decoder, DecoderConfig
 from jlora.models.gpt2 import Gpt2, Gpt2Config
+from jlora.models.layers import Origin
 
+LABELLED = ("classification", "token_classification")
+# Heads that multiply by the table of words where the config ties them.
+VOCABULARY = ("causal_lm", "masked_lm")
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
@@ -30,12 +36,15 @@ class Family:
         config: its config.
         prefix: what stands before the names of the body's tensors, and not before the heads'.
         stack: the name of the layers' list.
-        heads: each head with the architecture whose checkpoints carry it; the first is what an unnamed one has.
+        heads: each head with the architecture whose checkpoints carry it.
+        default: the head of a checkpoint whose architecture is not among them; None for hidden states.
+        bare: the architecture without a head; None where the model always has one.
         head_modules: the first component of every head's tensors; a head not asked for is left in the file.
         transpose: kernels are stored (out, in), as torch's Linear does, and not (in, out).
         spellings: (regex, replacement) pairs that turn an older checkpoint's names into today's.
         unread: regexes of tensors that may stand in the file though the model does not read them.
         copies: tensors that repeat another where the config ties them, with the one they repeat.
+        pooled: its classifier of texts reads pooled states, and the pooling can be chosen.
     """
 
     module: type[nn.Module]
@@ -43,21 +52,71 @@ class Family:
     prefix: str
     stack: str
     heads: Mapping[str, str]
+    default: str | None
+    bare: str | None
     head_modules: tuple[str, ...]
     transpose: bool = True
     spellings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    pooled: bool = False
+
+    def build(
+        self,
+        config: Any,
+        *,
+        head: str | None,
+        pooling: str,
+        dtype: DTypeLike,
+        origin: Origin | None,
+        scan: bool = False,
+        remat: bool = False,
+    ) -> nn.Module:
+        """The model of transformers' config, with one of the family's heads.
+
+        Args:
+            config: transformers' config; it says how many labels there are.
+            head: one of `heads`, or None where the family has a `bare` form.
+            pooling: what a classifier of texts reads, where the family is `pooled`.
+            dtype: what the model computes in.
+            origin: the checkpoint it comes from.
+            scan: one compiled body for all layers.
+            remat: recompute each layer in the backward pass.
+        """
+        labels = config.num_labels
+        if self.pooled:
+            shape = self.config.from_hf(config, scan=scan, remat=remat)
+            return self.module(shape, head=head, pooling=pooling, num_labels=labels, dtype=dtype, origin=origin)
+        shape = self.config.from_hf(config, dtype=dtype, scan=scan, remat=remat)
+        pad = config.pad_token_id
+        return self.module(shape, origin=origin, head_type=head, num_labels=labels, pad_token_id=pad)
+
+    def tied(self, head: str | None) -> Mapping[str, str]:
+        """The copies that a model with this head has where its config ties them."""
+        return self.copies if head in VOCABULARY else {}
 
 
-def decoder(architecture: str) -> Family:
+def decoder(name: str, *, classifier: str | None = None, tokens: bool = True) -> Family:
+    """A family that differs from its kin in the config alone.
+
+    Args:
+        name: of its architectures, as in "LlamaForCausalLM".
+        classifier: the architecture that classifies texts, where it is not named as the others.
+        tokens: transformers has one that classifies tokens.
+    """
+    heads = {
+        "causal_lm": f"{name}ForCausalLM",
+        "classification": classifier or f"{name}ForSequenceClassification",
+    }
     return Family(
         module=Decoder,
         config=DecoderConfig,
         prefix="model.",
         stack="layers",
-        heads={"causal_lm": architecture},
-        head_modules=("lm_head",),
+        heads=heads | ({"token_classification": f"{name}ForTokenClassification"} if tokens else {}),
+        default="causal_lm",
+        bare=None,
+        head_modules=("lm_head", "score"),
         # A bare model is saved without the prefix.
         spellings=((r"^(embed_tokens|layers|norm)\.", r"model.\1."),),
         # Frequencies that older versions saved; they follow from the config.
@@ -67,20 +126,26 @@ def decoder(architecture: str) -> Family:
 
 
 FAMILIES = {
-    "llama": decoder("LlamaForCausalLM"),
-    "mistral": decoder("MistralForCausalLM"),
-    "qwen2": decoder("Qwen2ForCausalLM"),
-    "qwen3": decoder("Qwen3ForCausalLM"),
-    "gemma": decoder("GemmaForCausalLM"),
-    "gemma2": decoder("Gemma2ForCausalLM"),
-    "gemma3_text": decoder("Gemma3ForCausalLM"),
+    "llama": decoder("Llama"),
+    "mistral": decoder("Mistral"),
+    "qwen2": decoder("Qwen2"),
+    "qwen3": decoder("Qwen3"),
+    "gemma": decoder("Gemma"),
+    "gemma2": decoder("Gemma2"),
+    "gemma3_text": decoder("Gemma3", classifier="Gemma3TextForSequenceClassification", tokens=False),
     "gpt2": Family(
         module=Gpt2,
         config=Gpt2Config,
         prefix="transformer.",
         stack="h",
-        heads={"causal_lm": "GPT2LMHeadModel"},
-        head_modules=("lm_head",),
+        heads={
+            "causal_lm": "GPT2LMHeadModel",
+            "classification": "GPT2ForSequenceClassification",
+            "token_classification": "GPT2ForTokenClassification",
+        },
+        default="causal_lm",
+        bare=None,
+        head_modules=("lm_head", "score", "classifier"),
         # Conv1D stores (in, out).
         transpose=False,
         spellings=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
@@ -98,6 +163,8 @@ FAMILIES = {
             "token_classification": "BertForTokenClassification",
             "masked_lm": "BertForMaskedLM",
         },
+        default=None,
+        bare="BertModel",
         head_modules=("classifier", "cls", "qa_outputs"),
         spellings=(
             (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
@@ -119,16 +186,21 @@ FAMILIES = {
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
         },
+        pooled=True,
     ),
 }
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of one of jlora's models.
+    """The family of one of jlora's models: that of its checkpoint, or the first that its module computes.
 
     Raises:
         ValueError: another model.
     """
+    origin = getattr(model, "origin", None)
+    own = FAMILIES.get(json.loads(origin.config).get("model_type")) if origin else None
+    if own is not None and isinstance(model, own.module):
+        return own
     for family in FAMILIES.values():
         if isinstance(model, family.module):
             return family

@@ -24,10 +24,10 @@ from safetensors.numpy import save_file
 from jlora.core.errors import complain, count
 from jlora.core.paths import flatten
 from jlora.core.tree import is_wrapped, merge
-from jlora.interop.families import FAMILIES, Family, Weight, family_of, weights
+from jlora.interop.families import FAMILIES, LABELLED, Family, Weight, family_of, weights
 from jlora.interop.files import staged
 from jlora.interop.formats import find_shards, missing_config, missing_weights, not_a_folder, unknown_model
-from jlora.models.bert import Bert, BertConfig
+from jlora.models.bert import Bert
 from jlora.models.layers import Origin
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -38,7 +38,6 @@ SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json",
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
 FLOATS = ("F64", "F32", "F16", "BF16")
-LABELLED = ("classification", "token_classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +102,12 @@ def load_model(
         scan: one compiled body for all layers, their parameters stacked on axis 0.
         remat: recompute each layer in the backward pass.
         abstract: give `jax.ShapeDtypeStruct`s for parameters; only config.json is read.
-        head: "causal_lm" for a decoder; "classification", "token_classification", "masked_lm" or None (hidden states)
-            for BERT; "auto" for the checkpoint's own, or for "classification" where labels are asked for and its own
-            takes none.
+        head: "causal_lm", "classification" or "token_classification" for a decoder; "classification",
+            "token_classification", "masked_lm" or None (hidden states) for BERT; "auto" for the checkpoint's own, or
+            for "classification" where labels are asked for and its own takes none.
         pooling: what BERT's classification reads: "pooler", "mean" or "cls"; "auto" for what the folder's
-            sentence-transformers modules say, else "pooler".
+            sentence-transformers modules say, else "pooler". A decoder's reads each text's last token that is not
+            padding, as transformers does.
         labels: the labels' names, in the order of the logits. A head that the checkpoint lacks is made new.
         num_labels: how many labels, where they have no names.
         revision: a branch, tag or commit on the hub.
@@ -124,18 +124,15 @@ def load_model(
     labelled = labels is not None or num_labels is not None
     architecture = next(iter(config.architectures or ()), None)
     head = choose_head(family, architecture, labelled) if head == "auto" else head
-    check_head(family, head, labelled)
+    check_head(family, head, labelled, pooling)
     tokenizer = read_tokenizer(folder, config)
     compute_dtype = dtype if compute_dtype is None else compute_dtype
-    origin = Origin(str(name_or_folder), describe(folder, config, labelled), read_text(folder / GENERATION))
-    if family.module is Bert:
-        pooling = read_pooling(folder) if pooling == "auto" else pooling
-        shape = BertConfig.from_hf(config, scan=scan, remat=remat)
-        choices = {"head": head, "pooling": pooling, "num_labels": config.num_labels}
-        model: nn.Module = Bert(shape, **choices, dtype=compute_dtype, origin=origin)
-    else:
-        shape = family.config.from_hf(config, dtype=compute_dtype, scan=scan, remat=remat)
-        model = family.module(shape, origin=origin)
+    if head == "classification" and config.pad_token_id is None and tokenizer is not None:
+        # Transformers finds the end of a padded text by this id, and refuses to pad without it.
+        config.pad_token_id = tokenizer.pad_token_id
+    origin = Origin(str(name_or_folder), describe(folder, config, labelled, head), read_text(folder / GENERATION))
+    pooling = read_pooling(folder) if family.pooled and pooling == "auto" else pooling
+    model = family.build(config, head=head, pooling=pooling, dtype=compute_dtype, origin=origin, scan=scan, remat=remat)
     if abstract:
         return LoadedModel(model=model, params=shapes(model, dtype), tokenizer=tokenizer, config=config)
     params, new = read_params(
@@ -144,10 +141,10 @@ def load_model(
         family,
         dtype=dtype,
         sharding=sharding,
-        # Names alone don't tell: texts and tokens are both classified by a "classifier".
+        # Names alone don't tell: a module of one name may classify texts or tokens.
         other_head=architecture is not None and architecture != family.heads.get(str(head)),
         add_head=labelled,
-        copies=family.copies if config.tie_word_embeddings else {},
+        copies=family.tied(head) if config.tie_word_embeddings else {},
         key=jax.random.key(0) if key is None else key,
     )
     return LoadedModel(model=model, params=params, tokenizer=tokenizer, config=config, new=new)
@@ -158,12 +155,12 @@ def choose_head(family: Family, architecture: str | None, labelled: bool) -> str
     own = next((name for name, value in family.heads.items() if value == architecture), None)
     if labelled:
         return own if own in LABELLED else "classification"
-    return "causal_lm" if "causal_lm" in family.heads else own
+    return own or family.default
 
 
-def check_head(family: Family, head: str | None, labelled: bool) -> None:
-    """Raises where the family has no such head, or the labels no place to go."""
-    known = [*family.heads, *([None] if family.module is Bert else [])]
+def check_head(family: Family, head: str | None, labelled: bool, pooling: str) -> None:
+    """Raises where the family has no such head, or the labels or the pooling have no place to go."""
+    known = [*family.heads, *([None] if family.bare else [])]
     if head not in known:
         offenders = [f"head is {head!r}, known: {', '.join(map(str, known))}"]
         fix = "take one of those known."
@@ -171,14 +168,19 @@ def check_head(family: Family, head: str | None, labelled: bool) -> None:
     if labelled and head not in LABELLED:
         fix = "leave the labels out, or take a head that has them."
         raise ValueError(complain("load_model", f"labels were given for head {head!r}, which has none.", (), fix))
+    if pooling != "auto" and not family.pooled:
+        problem = f"pooling={pooling!r} was given for a decoder, which reads a text at its last token."
+        raise ValueError(complain("load_model", problem, (), "leave the pooling out."))
 
 
-def describe(folder: Path, config: Any, labelled: bool) -> str:
-    """The folder's config.json as text, with the labels that were asked for."""
+def describe(folder: Path, config: Any, labelled: bool, head: str | None) -> str:
+    """The folder's config.json as text, with the labels and the padding that the model was given."""
     content = read_json(folder / "config.json")
     if labelled:
         content |= {"id2label": config.id2label, "label2id": config.label2id}
         content.pop("num_labels", None)
+    if head == "classification" and content.get("pad_token_id") is None and config.pad_token_id is not None:
+        content["pad_token_id"] = config.pad_token_id
     return json.dumps(content, indent=2)
 
 
@@ -401,7 +403,7 @@ def read_params(
         ValueError: tensors that are missing, unused, misshapen or no floats (all of them listed).
     """
     table = weights(family, shapes(model))
-    present = {module(weight.path) for weight in table} - ({"classifier"} if other_head else set())
+    present = {module(weight.path) for weight in table} - ({model.label_module} if other_head else set())
     left = set(family.head_modules) - present
     stored: dict[str, Tensor] = {}
     offenders = []
@@ -536,10 +538,7 @@ def save_model(
 
 def architecture(family: Family, model: nn.Module) -> str:
     """Transformers' name of the model with its head."""
-    origin = json.loads(model.origin.config)
-    if family.module is Bert:
-        return family.heads.get(str(model.head), "BertModel")
-    return FAMILIES[origin["model_type"]].heads["causal_lm"]
+    return str(family.bare) if model.head_type is None else family.heads[model.head_type]
 
 
 def unsaveable(folder: Path, model: nn.Module, family: Family, table: Sequence[Weight]) -> list[str]:

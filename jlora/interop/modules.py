@@ -154,8 +154,9 @@ def make_table(
 def model_table(model: nn.Module, base: Mapping[Path, Any]) -> Table:
     """The modules of one of jlora's models, as `weights` has them."""
     family = family_of(model)
-    # A BERT without a head is torch's BertModel, which knows its modules without the prefix.
-    cut = family.prefix if isinstance(model, Bert) and model.head is None else ""
+    # A model without a head is torch's bare one, which knows its modules without the prefix.
+    head = model.head_type
+    cut = family.prefix if head is None else ""
     slots, offenders = {}, []
     for weight in weights(family, shapes(model)):
         leaf = weight.path.rpartition("/")[2]
@@ -171,9 +172,8 @@ def model_table(model: nn.Module, base: Mapping[Path, Any]) -> Table:
     offenders += [f"{path!r} in params is not the model's" for path in base if path not in slots]
     if isinstance(model, Bert) and model.head == "classification" and model.pooling != "pooler":
         offenders.append(f"the classifier reads pooling={model.pooling!r}, transformers' only the pooler")
-    tied = not isinstance(model, Bert) or model.head == "masked_lm"
     known = {f"{module}.{slot.tensor}" for slot in slots.values() for module, _, _ in slot.parts()}
-    copies = {copy: source for copy, source in family.copies.items() if tied and copy not in known}
+    copies = {copy: source for copy, source in family.tied(head).items() if copy not in known}
     return Table(slots, copies, lambda name: spell(family, name).removeprefix(cut), not cut, offenders)
 
 

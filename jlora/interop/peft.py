@@ -43,7 +43,6 @@ from jlora.interop.modules import (
     unfold_pair,
     whole_tensor,
 )
-from jlora.models.bert import Bert
 from jlora.models.layers import check_choice
 from jlora.training.checkpoint import place
 
@@ -54,6 +53,7 @@ TASKS = {
     "classification": "SEQ_CLS",
     "token_classification": "TOKEN_CLS",
     "masked_lm": None,
+    "causal_lm": "CAUSAL_LM",
     None: "FEATURE_EXTRACTION",
 }
 # PEFT trains modules of these names in full for these tasks, asked or not, and fails without their tensors.
@@ -150,9 +150,7 @@ def save_peft(
     ]
     adapters = {} if turned else gather(table, list(told), leaves)
     if task_type == "auto":
-        task_type = "CAUSAL_LM" if model is not None else None
-        if isinstance(model, Bert):
-            task_type = TASKS[model.head]
+        task_type = TASKS[model.head_type] if model is not None else None
         if target == "vllm" and task_type in LABELLED:
             task_type = None
     saved = saved_modules(table, full, task_type)

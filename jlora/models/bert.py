@@ -359,6 +359,16 @@ class Bert(nn.Module):
     )
 
     @property
+    def head_type(self) -> str | None:
+        """The head, under the name that all models have it by."""
+        return self.head
+
+    @property
+    def label_module(self) -> str:
+        """The module whose outputs are the labels' logits."""
+        return "classifier"
+
+    @property
     def lora_layout(self) -> dict[str, str] | None:
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
         return {r"encoder/layer/.*/kernel": "sio"} if self.config.scan else None

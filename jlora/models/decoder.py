@@ -30,13 +30,16 @@ from jlora.models.layers import (
     Origin,
     attend,
     check_choice,
+    check_one_text_per_row,
     join_heads,
+    last_tokens,
     look,
     make_layers,
     run_layers,
     split_heads,
 )
 
+HEADS = ("causal_lm", "classification", "token_classification")
 ROPES = ("default", "linear", "llama3")
 
 
@@ -111,7 +114,8 @@ class DecoderConfig:
         sliding_layers: which layers slide, one flag each; empty for all, where there is a window.
         query_scale: what scores are multiplied by, `None` for 1 / sqrt(width of a head).
         attention_softcap: bound of the scores, by tanh.
-        logit_softcap: bound of the logits, by tanh.
+        logit_softcap: bound of the logits over the vocabulary, by tanh.
+        initializer_range: standard deviation of a fresh classifier.
         dtype: what the matmuls are computed in; norms, softmax and rotations use float32 at least.
         param_dtype: what `init` makes the parameters in.
         scan: one compiled block for all layers, parameters stacked on axis 0 under `layers`.
@@ -145,6 +149,7 @@ class DecoderConfig:
     query_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    initializer_range: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = False
@@ -221,6 +226,7 @@ class DecoderConfig:
             query_scale=None if scalar is None else scalar**-0.5,
             attention_softcap=config.attn_logit_softcapping if kind == "gemma2" else None,
             logit_softcap=getattr(config, "final_logit_softcapping", None),
+            initializer_range=config.initializer_range,
             **switches,
         )
 
@@ -394,10 +400,20 @@ class Decoder(nn.Module):
     Args:
         config: its shape.
         origin: the checkpoint it comes from, None for a model made by hand.
+        head_type: "causal_lm" gives logits (batch, time, vocab); "classification" (batch, labels), read at each row's
+            last token that is not padding; "token_classification" (batch, time, labels).
+        num_labels: how many labels a classifier has.
+        pad_token_id: what a classifier of texts takes for padding beside what the mask leaves out.
+
+    Raises:
+        ValueError: an unknown head_type.
     """
 
     config: DecoderConfig
     origin: Origin | None = None
+    head_type: str = "causal_lm"
+    num_labels: int = 2
+    pad_token_id: int | None = None
 
     lora_targets: ClassVar[str] = r"layers(_\d+)?/.*/kernel"
     sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]] = (
@@ -411,6 +427,15 @@ class Decoder(nn.Module):
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
         return {r"layers/.*/kernel": "sio"} if self.config.scan else None
 
+    @property
+    def label_module(self) -> str:
+        """The module whose outputs are the labels' logits."""
+        return "score"
+
+    def __post_init__(self):
+        check_choice("Decoder", head_type=(self.head_type, HEADS))
+        super().__post_init__()
+
     def setup(self) -> None:
         config = self.config
         self.embed_tokens = nn.Embed(
@@ -418,7 +443,16 @@ class Decoder(nn.Module):
         )
         self.layers = make_layers(Block, config, count=config.num_layers, scan=config.scan, remat=config.remat)
         self.norm = RMSNorm(config)
-        if not config.tie_embeddings:
+        if self.head_type != "causal_lm":
+            # Its name and its bias are those of transformers' generic classifiers.
+            self.score = nn.Dense(
+                self.num_labels,
+                use_bias=self.head_type == "token_classification",
+                kernel_init=nn.initializers.normal(config.initializer_range),
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+            )
+        elif not config.tie_embeddings:
             self.lm_head = dense(config, config.vocab_size)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -460,8 +494,10 @@ class Decoder(nn.Module):
         x = self.norm(x)
         return x if cache is None else (x, cache.write(new, sight.segments, after=x))
 
-    def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+    def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch logits"]:
         """Logits of hidden states, in the compute dtype."""
+        if self.head_type != "causal_lm":
+            return self.score(hidden)
         logits = self.embed_tokens.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
@@ -474,14 +510,19 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """Logits (batch, time, vocab). With a cache, (logits, the cache with these tokens in it).
+        """Logits of the head. With a cache, (logits, the cache with these tokens in it).
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for a token, 0 for padding on either side.
-            segment_ids: packed texts, each with a number of its own from 1; 0 for padding.
-            cache: from `init_cache` or from the call before.
+            segment_ids: packed texts, each with a number of its own from 1; 0 for padding. Not for a classifier of
+                texts.
+            cache: from `init_cache` or from the call before. Not for a classifier of texts.
         """
+        if self.head_type == "classification":
+            check_one_text_per_row("Decoder", segment_ids, cache)
+            hidden = self.hidden(input_ids, attention_mask)
+            return self.head(last_tokens(hidden, input_ids, attention_mask, self.pad_token_id))
         hidden = self.hidden(input_ids, attention_mask, segment_ids=segment_ids, cache=cache)
         return self.head(hidden) if cache is None else (self.head(hidden[0]), hidden[1])
 

@@ -24,13 +24,18 @@ from jlora.models.layers import (
     Cache,
     Origin,
     attend,
+    check_choice,
+    check_one_text_per_row,
     join_heads,
+    last_tokens,
     layer_norm,
     look,
     make_layers,
     run_layers,
     split_heads,
 )
+
+HEADS = ("causal_lm", "classification", "token_classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class Gpt2Config:
         tie_embeddings: the output head is the embedding table, transposed.
         scale_by_width: scores are divided by sqrt(width of a head).
         scale_by_layer: scores are divided by the layer's number too, counted from 1.
+        initializer_range: standard deviation of a fresh classifier.
         dtype: what the matmuls are computed in; norms and softmax use float32 at least.
         param_dtype: what `init` makes the parameters in.
         scan: one compiled block for all layers, parameters stacked on axis 0 under `h`.
@@ -69,6 +75,7 @@ class Gpt2Config:
     tie_embeddings: bool = True
     scale_by_width: bool = True
     scale_by_layer: bool = False
+    initializer_range: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     scan: bool = False
@@ -116,6 +123,7 @@ class Gpt2Config:
             tie_embeddings=config.tie_word_embeddings,
             scale_by_width=config.scale_attn_weights,
             scale_by_layer=config.scale_attn_by_inverse_layer_idx,
+            initializer_range=config.initializer_range,
             **switches,
         )
 
@@ -194,10 +202,20 @@ class Gpt2(nn.Module):
     Args:
         config: its shape.
         origin: the checkpoint it comes from, None for a model made by hand.
+        head_type: "causal_lm" gives logits (batch, time, vocab); "classification" (batch, labels), read at each row's
+            last token that is not padding; "token_classification" (batch, time, labels).
+        num_labels: how many labels a classifier has.
+        pad_token_id: what a classifier of texts takes for padding beside what the mask leaves out.
+
+    Raises:
+        ValueError: an unknown head_type.
     """
 
     config: Gpt2Config
     origin: Origin | None = None
+    head_type: str = "causal_lm"
+    num_labels: int = 2
+    pad_token_id: int | None = None
 
     lora_targets: ClassVar[str] = r"h(_\d+)?/.*/kernel"
     sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]] = (
@@ -211,6 +229,15 @@ class Gpt2(nn.Module):
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
         return {r"h/.*/kernel": "sio"} if self.config.scan else None
 
+    @property
+    def label_module(self) -> str:
+        """The module whose outputs are the labels' logits, under transformers' name for it."""
+        return "classifier" if self.head_type == "token_classification" else "score"
+
+    def __post_init__(self):
+        check_choice("Gpt2", head_type=(self.head_type, HEADS))
+        super().__post_init__()
+
     def setup(self) -> None:
         config = self.config
         init = nn.initializers.normal(0.02)
@@ -219,7 +246,12 @@ class Gpt2(nn.Module):
         self.wpe = nn.Embed(config.num_positions, config.hidden_size, embedding_init=init, **dtypes)
         self.h = make_layers(Block, config, count=config.num_layers, scan=config.scan, remat=config.remat)
         self.ln_f = norm(config)
-        if not config.tie_embeddings:
+        init_head = nn.initializers.normal(config.initializer_range)
+        if self.head_type == "classification":
+            self.score = nn.Dense(self.num_labels, use_bias=False, kernel_init=init_head, **dtypes)
+        elif self.head_type == "token_classification":
+            self.classifier = nn.Dense(self.num_labels, kernel_init=init_head, **dtypes)
+        elif not config.tie_embeddings:
             self.lm_head = nn.Dense(config.vocab_size, use_bias=False, **dtypes)
 
     def init_cache(self, batch: int, length: int) -> Cache:
@@ -261,8 +293,10 @@ class Gpt2(nn.Module):
         x = self.ln_f(x)
         return x if cache is None else (x, cache.write(new, sight.segments, after=x))
 
-    def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch vocab"]:
+    def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch logits"]:
         """Logits of hidden states, in the compute dtype."""
+        if self.head_type != "causal_lm":
+            return getattr(self, self.label_module)(hidden)
         return self.wte.attend(hidden) if self.config.tie_embeddings else self.lm_head(hidden)
 
     def __call__(
@@ -273,14 +307,19 @@ class Gpt2(nn.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """Logits (batch, time, vocab). With a cache, (logits, the cache with these tokens in it).
+        """Logits of the head. With a cache, (logits, the cache with these tokens in it).
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for a token, 0 for padding on either side.
-            segment_ids: packed texts, each with a number of its own from 1; 0 for padding.
-            cache: from `init_cache` or from the call before.
+            segment_ids: packed texts, each with a number of its own from 1; 0 for padding. Not for a classifier of
+                texts.
+            cache: from `init_cache` or from the call before. Not for a classifier of texts.
         """
+        if self.head_type == "classification":
+            check_one_text_per_row("Gpt2", segment_ids, cache)
+            hidden = self.hidden(input_ids, attention_mask)
+            return self.head(last_tokens(hidden, input_ids, attention_mask, self.pad_token_id))
         hidden = self.hidden(input_ids, attention_mask, segment_ids=segment_ids, cache=cache)
         return self.head(hidden) if cache is None else (self.head(hidden[0]), hidden[1])
 

@@ -262,6 +262,39 @@ def run_layers(layers: Any, x: Array, each: Any, shared: Any) -> tuple[Array, An
     return x, outs
 
 
+def last_tokens(
+    hidden: Float[Array, "batch time d"],
+    input_ids: Int[Array, "batch time"],
+    attention_mask: Int[Array, "batch time"] | None,
+    pad_token_id: int | None,
+) -> Float[Array, "batch d"]:
+    """The state of each row's last token that is not padding, whichever side the padding is on.
+
+    As in transformers, a token with the padding's id counts as padding even where it is attended to. A row of padding
+    alone gives its first token's state.
+
+    Args:
+        hidden: the states.
+        input_ids: their tokens.
+        attention_mask: 0 for padding; None for no padding beside that of the id.
+        pad_token_id: the id of the padding; None where the mask alone says what is padding.
+    """
+    kept = jnp.ones_like(input_ids, bool) if attention_mask is None else attention_mask.astype(bool)
+    if pad_token_id is not None:
+        kept = kept & (input_ids != pad_token_id)
+    last = jnp.where(kept, jnp.arange(input_ids.shape[1]), 0).max(axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def check_one_text_per_row(who: str, segment_ids: Any, cache: Any) -> None:
+    """Raises where a classifier of texts is given packed rows, or a cache."""
+    given = {"segment_ids": segment_ids, "cache": cache}
+    offenders = [name for name, value in given.items() if value is not None]
+    if offenders:
+        fix = "leave them out, or load the model with head='causal_lm'."
+        raise ValueError(complain(who, "a classifier reads each row as one whole text.", offenders, fix))
+
+
 def check_choice(who: str, **choices: tuple[Any, Sequence[Any]]) -> None:
     """Raises where a value is none of those known, all of them listed."""
     offenders = [

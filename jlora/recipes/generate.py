@@ -353,10 +353,12 @@ def prepare(
     rows, offenders = read_rows(input_ids, attention_mask)
     stops = np.atleast_1d(np.asarray(stop_tokens))
     offenders += unusable_settings(max_new_tokens, temperature, top_k, top_p)
-    if hasattr(model, "init_cache"):
-        offenders += misfits(model.config, rows, stops, max_new_tokens)
-    else:
+    if not hasattr(model, "init_cache"):
         offenders.append(f"{type(model).__name__} has no cache: only a decoder can generate")
+    elif model.head_type != "causal_lm":
+        offenders.append(f"the model has the head {model.head_type!r}: only 'causal_lm' can generate")
+    else:
+        offenders += misfits(model.config, rows, stops, max_new_tokens)
     if offenders:
         problem = f"{count(len(offenders), 'argument')} can't be used."
         raise ValueError(complain("generate", problem, offenders, "correct what is listed."))

@@ -15,8 +15,10 @@ from jlora.core.paths import Path, Tree, flatten
 from jlora.core.spectrum import Trio, effective_rank, kernel_norms, matrices, rank_for, singular_values, trio_of
 from jlora.core.tree import adapter_leaf, kernels
 from jlora.interop import peft
-from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json
+from jlora.interop.families import LABELLED
+from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json, shapes
 from jlora.interop.modules import Table
+from jlora.interop.peft import CLASSIFIERS
 from jlora.recipes.config import read as read_job
 from jlora.recipes.runs import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, _read_arrays, _read_metadata, restore_adapter
@@ -218,7 +220,7 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
         return Adapted(loaded, params, changed(loaded.params, params))
     config = peft.read_config(folder)
     name = named(folder, model or config.get("base_model_name_or_path"))
-    loaded = load_model(name, dtype=dtype or stored_dtype(name), **head_of(folder, config))
+    loaded = load_model(name, dtype=dtype or stored_dtype(name), **head_of(folder, config, name))
     params = peft.load_peft(folder, loaded.model, loaded.params)
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
 
@@ -237,11 +239,20 @@ def named(folder: File, model: str | None) -> str:
 
 def form_of(base: Mapping[Path, Mapping[str, Any]], name: str) -> dict[str, Any]:
     """How a base has to be loaded to have the leaves that an adapter was trained on."""
-    stack = find_family(find_folder(name, None)).stack
+    family = find_family(find_folder(name, None))
     dtypes = {leaf["dtype"] for leaf in base.values()}
-    form: dict[str, Any] = {"scan": any(stack in path.split("/") for path in base)}
+    form: dict[str, Any] = {"scan": any(family.stack in path.split("/") for path in base)}
     form |= {"dtype": next(iter(dtypes))} if len(dtypes) == 1 else {}
-    return form | ({"num_labels": base["classifier/bias"]["shape"][0]} if "classifier/bias" in base else {})
+    labels = [leaf["shape"][-1] for path, leaf in base.items() if path.split("/")[0] in CLASSIFIERS]
+    if not labels:
+        return form
+    form["num_labels"] = labels[0]
+    # Heads of one name differ in their leaves: a bias, or a pooler before them.
+    for head in (head for head in LABELLED if head in family.heads):
+        model = load_model(name, abstract=True, head=head, **form).model
+        if flatten(shapes(model)).keys() == base.keys():
+            return form | {"head": head}
+    return form
 
 
 def stored_dtype(name: str) -> str:
@@ -251,13 +262,16 @@ def stored_dtype(name: str) -> str:
     return stored if stored in ("bfloat16", "float16") else "float32"
 
 
-def head_of(folder: File, config: Mapping[str, Any]) -> dict[str, Any]:
+def head_of(folder: File, config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The head that a PEFT adapter was trained with, as `load_model` takes it."""
     head = HEADS.get(str(config.get("task_type")))
     if head is None:
         return {}
-    named = [value for name, value in peft.read_tensors(folder).items() if name.endswith("classifier.weight")]
-    return {"head": head} | ({"num_labels": len(named[0])} if named else {})
+    ends = tuple(f"{name}.weight" for name in CLASSIFIERS)
+    named = [value for name, value in peft.read_tensors(folder).items() if name.endswith(ends)]
+    # Transformers' classifiers of texts, which PEFT adapts, read no other pooling.
+    pooling = {"pooling": "pooler"} if find_family(find_folder(name, None)).pooled else {}
+    return {"head": head, **pooling} | ({"num_labels": len(named[0])} if named else {})
 
 
 def changed(base: Tree, params: Tree) -> tuple[Path, ...]:

@@ -23,9 +23,8 @@ import numpy as np
 from jlora.core.errors import complain, nearest
 from jlora.core.paths import Tree, flatten
 from jlora.core.tree import adapter_leaf, split, summary, wrap
-from jlora.interop.families import family_of
+from jlora.interop.families import LABELLED, family_of
 from jlora.interop.huggingface import LoadedModel, load_model, shapes
-from jlora.models.bert import Bert
 from jlora.recipes import config as configs
 from jlora.recipes.batches import Row, pad
 from jlora.recipes.fit import make_optimizer, prepare
@@ -379,14 +378,12 @@ def shaped(loaded: LoadedModel, settings: Settings) -> LoadedModel:
     """The model computed as the settings say, with the task's head, its parameters abstract."""
     model, dtype = loaded.model, jnp.dtype(settings.dtype)
     switches: dict[str, Any] = {"scan": settings.scan, "remat": settings.remat}
-    if isinstance(model, Bert):
-        head: dict[str, Any] = {
-            "head": TASKS[task_of(loaded, settings)].head,
-            "num_labels": settings.labels or model.num_labels,
-        }
-        model = model.clone(config=replace(model.config, **switches), dtype=dtype, **head)
+    family, head = family_of(model), TASKS[task_of(loaded, settings)].head
+    model = model.clone(num_labels=settings.labels or model.num_labels)
+    if family.pooled:
+        model = model.clone(config=replace(model.config, **switches), dtype=dtype, head=head)
     else:
-        model = model.clone(config=replace(model.config, **switches, dtype=dtype))
+        model = model.clone(config=replace(model.config, **switches, dtype=dtype), head_type=head)
     return replace(loaded, model=model, params=shapes(model, dtype))
 
 
@@ -394,9 +391,10 @@ def task_of(loaded: LoadedModel, settings: Settings) -> Any:
     """What is learnt."""
     if settings.task != "auto":
         return settings.task
-    if isinstance(loaded.model, Bert):
-        return "token_classification" if loaded.model.head == "token_classification" else "sequence_classification"
-    return "causal_lm"
+    head = loaded.model.head_type
+    if head in ("causal_lm", "token_classification"):
+        return head
+    return "sequence_classification"
 
 
 def full_batch(settings: Settings, kind: str) -> dict[str, np.ndarray]:
@@ -421,8 +419,7 @@ def size_of(leaf: Any) -> int:
 
 def check(settings: Settings, loaded: LoadedModel) -> None:
     """Raises where a plan can't be made, everything that is wrong listed."""
-    family_of(loaded.model)
-    bert, most = isinstance(loaded.model, Bert), getattr(loaded.config, "max_position_embeddings", None)
+    heads, most = family_of(loaded.model).heads, getattr(loaded.config, "max_position_embeddings", None)
     wrong = [
         f"{name} = {getattr(settings, name)}  expected: a whole number from 1"
         for name in ("rank", "batch_size", "accumulate", "sequence")
@@ -436,11 +433,15 @@ def check(settings: Settings, loaded: LoadedModel) -> None:
         wrong.append(f"accumulate = {settings.accumulate}  expected: a divisor of batch_size = {settings.batch_size}")
     if most is not None and settings.sequence > most:
         wrong.append(f"sequence = {settings.sequence}  expected: at most {most} tokens, which the model reads")
-    kinds = [name for name, task in TASKS.items() if (task.head != "causal_lm") == bert]
+    kinds = [name for name, task in TASKS.items() if task.head in heads]
     if settings.task not in ("auto", *kinds):
         wrong.append(f"task = {settings.task!r}  expected: {' or '.join(kinds)}, for this model")
-    if settings.labels is not None and not (bert and settings.labels > 0):
-        wrong.append(f"labels = {settings.labels}  expected: {'a whole number from 1' if bert else 'none here'}")
+    elif settings.labels is not None:
+        labelled = TASKS[task_of(loaded, settings)].head in LABELLED
+        if not labelled or settings.labels < 1:
+            wrong.append(
+                f"labels = {settings.labels}  expected: {'a whole number from 1' if labelled else 'none here'}"
+            )
     if wrong:
         raise ValueError(complain("plan", "settings that can't be planned.", wrong, "correct them."))
 

@@ -124,9 +124,12 @@ class Classes(Task):
     """Classes of texts."""
 
     head = "classification"
-    trained: tuple[str, ...] = ("classifier",)
     metrics: tuple[str, ...] = ("accuracy", "macro_f1")
     measure = "accuracy"
+
+    def __init__(self, config: Config, loaded: LoadedModel, labels: Sequence[str] = (), mesh: Mesh | None = None):
+        super().__init__(config, loaded, labels, mesh)
+        self.trained = (loaded.model.label_module,)
 
     def loss_fn(self, dropout: float) -> LossFn:
         """Weighted cross entropy."""
