@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -152,13 +153,18 @@ def test_saved_restored_and_continued_equals_never_stopped(tmp_path):
 
 def test_saving_again_leaves_the_new_one_alone_and_other_files_where_they_are(saved):
     folder, base, params = saved
-    (folder / "notes.txt").write_text("mine")
-    (folder / "arrays-0.orbax-checkpoint-tmp").mkdir()  # as an earlier killed save leaves behind
+    others = ["arrays-of-mine", "arrays-0.orbax-checkpoint-tmp", f"arrays-{'0' * 32}"]
+    for name in others:
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").write_text("mine")
+    (folder / "arrays-list.txt").write_text("mine")
     newer = jax.tree.map(lambda leaf: leaf * 1, params)
     newer["dense"]["kernel_lora_b"] += 1
     save_adapter(folder, newer)
     same(restore_adapter(folder, base), newer)
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter.json", arrays_of(folder).name, "notes.txt"]
+    saved_arrays = json.loads((folder / "adapter.json").read_text())["arrays"]
+    assert {p.name for p in folder.iterdir()} == {"adapter.json", saved_arrays, "arrays-list.txt", *others}
+    assert all((folder / name / "notes.txt").read_text() == "mine" for name in others)
 
 
 @pytest.mark.parametrize("stage", ["arrays", "sync", "metadata", "rename"])
@@ -171,7 +177,12 @@ def test_a_save_that_fails_at_any_stage_leaves_the_last_good_one(stage, saved, m
         "rename": (os, "replace"),
     }[stage]
 
+    whole = getattr(where, name)
+
     def fail(*args, **kwargs):
+        # The note of what is being saved is written before the arrays, and fails in a test of its own.
+        if stage != "arrays" and len(list(folder.glob("arrays-*"))) == 1:
+            return whole(*args, **kwargs)
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
@@ -181,6 +192,99 @@ def test_a_save_that_fails_at_any_stage_leaves_the_last_good_one(stage, saved, m
     same(restore_adapter(folder, base), params)
     save_adapter(folder, params)
     assert len(list(folder.iterdir())) == 2, "the next save clears away what the failed one left"
+
+
+def test_a_save_that_fails_before_its_arrays_leaves_the_last_good_one(saved, monkeypatch):
+    folder, base, params = saved
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save_adapter(folder, params)
+    same(restore_adapter(folder, base), params)
+    assert len(list(folder.glob("arrays-*"))) == 1
+
+
+def test_a_link_that_the_record_names_is_kept_and_so_is_what_it_leads_to(saved, tmp_path):
+    folder, base, params = saved
+    elsewhere = tmp_path / "elsewhere"
+    arrays = arrays_of(folder)
+    arrays.rename(elsewhere)
+    arrays.symlink_to(elsewhere)
+    save_adapter(folder, params)
+    assert len(list(elsewhere.iterdir())) > 1
+    same(restore_adapter(folder, base), params)
+
+
+OUTSIDE = {
+    "absolute": lambda folder: rewrite(folder, lambda m: m.update(arrays="/")),
+    "climbs": lambda folder: rewrite(folder, lambda m: m.update(arrays="../adapter")),
+    "nested": lambda folder: rewrite(folder, lambda m: m.update(arrays=f"{m['arrays']}/..")),
+    "a file climbs": lambda folder: rewrite(folder, lambda m: m["files"].update({"../../secret": "0"})),
+    "a file is absolute": lambda folder: rewrite(folder, lambda m: m["files"].update({"/etc/hostname": "0"})),
+    "a linked folder": lambda folder: link(arrays_of(folder), folder.parent / "elsewhere"),
+    "a linked file": lambda folder: link(arrays_of(folder) / "_METADATA", folder.parent / "elsewhere"),
+}
+
+
+def link(path, elsewhere):
+    """Moves a file or folder, and leaves a link to it."""
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+def test_a_record_that_leads_outside_its_folder_is_refused_before_anything_is_read(how, saved, monkeypatch):
+    folder, base, params = saved
+    (folder.parent / "secret").write_text("mine")
+    OUTSIDE[how](folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "file_digest", lambda file: pytest.fail(f"{file} was read"))
+        with pytest.raises(ValueError, match=r"names 1 path outside its folder\.\n  .*\nFix: don't use this adapter"):
+            restore_adapter(folder, base)
+    # A save over it removes nothing of what the record named.
+    save_adapter(folder, params)
+    assert (folder.parent / "secret").read_text() == "mine"
+    if how.startswith("a linked"):
+        assert (folder.parent / "elsewhere").exists()
+
+
+def test_an_adapter_in_the_cache_of_the_hub_whose_files_are_links_is_restored(saved, tmp_path):
+    folder, base, params = saved
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    for n, file in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        shutil.copy(file, blobs / str(n))
+        place = snapshot / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(os.path.relpath(blobs / str(n), place.parent))
+    same(restore_adapter(snapshot, base), params)
+
+
+@pytest.mark.parametrize(
+    "name", ["a[v1]", "a*", "a?b", "a\\b", "gs:", "gs:/x", "a\udcff", "é中 #%20|~$'\"", "a:b", "s3:"]
+)
+def test_a_folder_of_any_name_gives_back_what_it_took_or_is_refused_before_it_is_written(name, saved, tmp_path):
+    folder, base, params = saved
+    try:
+        save_adapter(tmp_path / name / "adapter", params)
+    except ValueError as error:
+        assert re.match(r"save_adapter: Orbax can't use the path .*\n  .*\nFix: rename the folder", str(error))
+        assert os.listdir(tmp_path) == ["run"]
+        # A folder renamed afterwards is read back, or refused in the same words.
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(folder, tmp_path / name)
+        try:
+            same(restore_adapter(tmp_path / name, base), params)
+        except ValueError as error:
+            assert re.match(r"restore_adapter: Orbax can't use the path .*\n  .*\nFix: rename", str(error))
+            assert not set("*?[") & set(name)
+    else:
+        same(restore_adapter(tmp_path / name / "adapter", base), params)
+        assert not set("*?[\\") & set(name)
 
 
 SAVER = """
@@ -212,6 +316,39 @@ def test_killed_at_any_moment_the_last_good_save_can_be_restored(tmp_path):
         assert values in ({told}, {told + 1}), "one save whole, the last one told of or the one after"
 
 
+def test_a_reader_beside_a_process_that_saves_gets_one_whole_adapter_after_the_other(tmp_path):
+    base = {"dense": {"kernel": np.ones((64, 32), np.float32)}}
+    saver = subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        saver.stdout.readline()
+        read = []
+        while len(read) < 200 and (len(read) < 20 or len(set(read)) < 5):
+            leaves = flatten(restore_adapter(tmp_path, base))
+            (value,) = {float(value) for path, leaf in leaves.items() if "_lora_" in path for value in np.ravel(leaf)}
+            read.append(value)
+    finally:
+        saver.kill()
+        saver.communicate()
+    assert read == sorted(read)
+    assert len(set(read)) >= 5, "the saver went on meanwhile"
+
+
+def test_a_reader_whose_arrays_vanish_reads_the_newer_record(saved, monkeypatch):
+    folder, base, params = saved
+    newer = map_with_path(lambda path, leaf: leaf * 2 if path.endswith("_lora_b") else leaf, params)
+    read, saves = checkpoint.read_metadata, iter([params, newer])
+
+    def overtaken(source):
+        metadata = read(source)
+        following = next(saves, None)
+        if following is not None:
+            save_adapter(folder, following)
+        return metadata
+
+    monkeypatch.setattr(checkpoint, "read_metadata", overtaken)
+    same(restore_adapter(folder, base), newer)
+
+
 def test_every_flipped_byte_and_every_cut_or_missing_file_is_noticed(saved):
     folder, base, params = saved
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -231,9 +368,9 @@ def rewrite(folder, change, seal=True):
     file = folder / "adapter.json"
     metadata = json.loads(file.read_text())
     metadata.pop("sha256")
-    before = checkpoint._seal(metadata)
+    before = checkpoint.digest_json(metadata)
     change(metadata)
-    file.write_text(json.dumps(metadata | {"sha256": checkpoint._seal(metadata) if seal else before}))
+    file.write_text(json.dumps(metadata | {"sha256": checkpoint.digest_json(metadata) if seal else before}))
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,8 @@ def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
                 begin()
                 continue
             if isinstance(event, Resumed):
+                for damage in event.damaged:
+                    console.print(f"A damaged checkpoint was deleted: {damage}.", highlight=False, markup=False)
                 console.print(f"Going on after step {event.step}.", highlight=False)
                 events = list(event.past)
                 for past in events:

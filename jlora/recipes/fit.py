@@ -6,6 +6,7 @@ it there: however often a run is killed, its files end up as if it never had bee
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -103,10 +104,24 @@ class Resumed(NamedTuple):
     Attributes:
         step: steps it had taken.
         past: what had happened by then.
+        damaged: newer checkpoints that were damaged and deleted, each with the reason.
     """
 
     step: int
     past: list[Step | Evaluation]
+    damaged: list[str]
+
+
+class Damage(NamedTuple):
+    """Damaged checkpoints were deleted, and the run resumed from an older one.
+
+    Attributes:
+        step: the step that the run resumed from.
+        damaged: the deleted checkpoints, each with the reason.
+    """
+
+    step: int
+    damaged: list[str]
 
 
 class Stopped(Exception):
@@ -140,7 +155,14 @@ class History:
         """Bytes written so far."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def add(self, event: Step | Evaluation) -> None:
+    def digest(self, position: int) -> str | None:
+        """A digest of the bytes before a position; None where there are none."""
+        return hashlib.sha256(self._read(position)).hexdigest() if position else None
+
+    def _read(self, position: int) -> bytes:
+        return self.path.read_bytes()[:position] if position else b""
+
+    def add(self, event: Step | Evaluation | Damage) -> None:
         """Writes an event down, at once; a number that is not finite as null, since JSON has no word for it.
 
         Raises:
@@ -154,20 +176,27 @@ class History:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def rewind(self, position: int) -> list[Step | Evaluation]:
-        """Cuts what came after a position, and reads what is left.
+    def rewind(self, position: int, digest: str | None = None) -> list[Step | Evaluation]:
+        """Cuts what came after a position, and reads the steps and evaluations that are left.
+
+        Args:
+            position: bytes to keep.
+            digest: of these bytes; None where it is not known.
 
         Raises:
-            ValueError: the file is shorter.
+            ValueError: the file is shorter, or its bytes are others.
         """
         if self.position < position:
             problem = f"{self.path} has {self.position} bytes, and had {position} at the last checkpoint."
             raise ValueError(complain("resume", problem, [], f"put it back, or {ANEW}"))
+        if digest is not None and self.digest(position) != digest:
+            problem = f"{self.path} was changed after it was written."
+            raise ValueError(complain("resume", problem, [], f"put it back, or {ANEW}"))
         if self._write and self.position:
             with open(self.path, "r+b") as file:
                 file.truncate(position)
-        lines = self.path.read_bytes()[:position].decode("utf-8").splitlines() if position else []
-        return [_event(json.loads(line)) for line in lines]
+        events = [json.loads(line) for line in self._read(position).decode("utf-8").splitlines()]
+        return [_event(event) for event in events if event["event"] != Damage.__name__.lower()]
 
 
 def can_be_written(path: Path) -> contextlib.AbstractContextManager[None]:
@@ -406,19 +435,23 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
     batches: Any = iter(job.batches.map(own).repeat(math.ceil(steps / per_epoch)).to_iter_dataset())
 
     def save(n: int) -> None:
+        written = history.position
         notes = {**job.digests, "data": batches.get_state(), "progress": progress.notes()}
-        checkpoints.save(n, state, notes | {"written": history.position})
+        checkpoints.save(n, state, notes | {"written": written, "metrics": history.digest(written)})
 
     try:
         found = checkpoints.restore(state)
         if found is None:
             history.rewind(0)
         else:
-            state, notes = found
+            state, notes, damaged = found
             check_rows(notes, job.digests)
             progress = Progress.read(notes["progress"])
             batches.set_state(notes["data"])
-            yield Resumed(int(state.step), history.rewind(notes["written"]))
+            past = history.rewind(notes["written"], notes.get("metrics"))
+            if damaged:
+                history.add(Damage(int(state.step), damaged))
+            yield Resumed(int(state.step), past, damaged)
         n = int(state.step)
         while n < steps and not is_over(progress, options.run.patience):
             prepared = next(batches)

@@ -21,7 +21,7 @@ from jlora.interop.modules import Table
 from jlora.interop.peft import CLASSIFIERS
 from jlora.recipes.config import read as read_job
 from jlora.recipes.runs import ADAPTER, CONFIG, load_run
-from jlora.training.checkpoint import METADATA, _read_arrays, _read_metadata, restore_adapter
+from jlora.training.checkpoint import METADATA, read_adapter, read_metadata, restore_adapter
 
 HEADS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
 
@@ -214,7 +214,7 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
         loaded, params, dropout = run.task.loaded, run.params, run.config.adapter.dropout
         return Adapted(loaded, params, changed(loaded.params, params), dropout)
     if kind == "jlora":
-        metadata = _read_metadata(folder)
+        metadata = read_metadata(folder)
         loaded = load_model(named(folder, model), **form_of(metadata["base"], named(folder, model)))
         params = restore_adapter(folder, loaded.params)
         return Adapted(loaded, params, changed(loaded.params, params))
@@ -315,8 +315,8 @@ def describe_adapter(folder: str | File, model: str | None = None, *, spectrum: 
 
 def describe_own(folder: File, base: str | None, spectrum: bool) -> Description:
     """What a folder of `save_adapter` holds."""
-    metadata = _read_metadata(folder)
-    arrays, leaves = _read_arrays(folder, metadata), metadata["base"]
+    metadata, arrays = read_adapter(folder)
+    leaves = metadata["base"]
     trios = {}
     for path in metadata["targets"]:
         trio = trio_of(arrays, path)

@@ -32,7 +32,7 @@ from jlora.interop.huggingface import LoadedModel, initialise, load_model
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
 from jlora.recipes.tasks import TASKS, Task
-from jlora.training.checkpoint import restore_adapter, save_adapter
+from jlora.training.checkpoint import check_name, restore_adapter, save_adapter
 from jlora.training.sharding import make_mesh, place, shardings
 
 ADAPTER, CONFIG, LABELS, CHECKPOINTS = "adapter", "config.toml", "labels.json", "checkpoints"
@@ -181,7 +181,9 @@ def check_writable(who: str, folder: Path, flag: str, needed: int = 0) -> None:
         NotADirectoryError: the path goes through a file.
         PermissionError: the folder can't be written to.
         OSError: the disk is too full.
+        ValueError: Orbax can't use a folder of this name.
     """
+    check_name(who, folder)
     fix = f"choose another {flag}."
     parent = next(place for place in (folder, *folder.parents) if place.exists())
     if not parent.is_dir():
@@ -209,6 +211,7 @@ def check_folder(config: Config, needed: int = 0) -> bool:
         NotADirectoryError: the path goes through a file.
         PermissionError: the folder can't be written to.
         OSError: the disk is too full.
+        ValueError: Orbax can't use a folder of this name.
     """
     folder = config.output.folder
     check_writable("train", folder, "--output.folder", needed)

@@ -4,19 +4,22 @@
 
     folder/adapter.json       format, targets with rank and alpha, digests, base fingerprint, library versions
     folder/arrays-<unique>/   Orbax: all _lora_ leaves, and the leaves trained in full
+    folder/adapter.saving     while a save runs: the arrays that it writes and replaces
 
 A save writes a new folder of arrays, then renames a new adapter.json over the old one, then removes the old
-arrays. Whenever it is killed, adapter.json names arrays that are complete.
+arrays. Whenever it is killed, adapter.json names arrays that are complete, and adapter.saving names what the next
+save has to remove. Nothing else in the folder is ever removed.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata as packages
 from pathlib import Path as File
 from typing import Any
@@ -35,17 +38,23 @@ from jlora.core.targets import Pattern
 from jlora.core.tree import adapter_leaf, is_wrapped, kernels, split
 
 FORMAT, VERSION = "jlora-adapter", 1
-METADATA = "adapter.json"
+METADATA, SAVING = "adapter.json", "adapter.saving"
+ARRAYS = re.compile(r"arrays-[0-9a-f]{32}")
+ENTRIES = {"arrays": str, "train": list} | dict.fromkeys(("targets", "leaves", "files", "base", "libraries"), dict)
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLES = 64  # values hashed of each base leaf
 SHOWN = 20  # differing leaves an error lists
+READS = 100  # attempts to read an adapter that another process keeps replacing
+# What etils takes for a bucket in the cloud: "/gs/..." and any "gs:/".
+CLOUDS = ("gs", "s3", "az", "hf")
 
 
 def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern = ()) -> None:
     """Saves the adapters of a wrapped tree, and the leaves trained in full.
 
     Overwrites what an earlier save put into `folder`, and leaves other files there alone. Killed at any
-    moment, the last complete save can still be restored. One process at a time may save into a folder.
+    moment, the last complete save can still be restored. One process at a time may save into a folder; others may
+    restore from it meanwhile.
 
     Args:
       folder: made if it isn't there.
@@ -53,7 +62,8 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
       train: leaves trained in full beside the adapters, as in `split`.
 
     Raises:
-      ValueError: the tree has no adapter, a name in `train` matches nothing, or `folder` can't be written to.
+      ValueError: the tree has no adapter, a name in `train` matches nothing, `folder` can't be written to, or its
+        name is one that Orbax can't read back.
       OSError: the disk gives out while it is written; what was saved before is whole.
     """
     targets = kernels("save_adapter", params)
@@ -62,10 +72,14 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     full = [path for path in flatten(adapters) if not adapter_leaf(path)]
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items() if adapter_leaf(path) or path in full}
     base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
-    target = _writable(File(folder).absolute())
+    target = File(folder).absolute()
+    check_name("save_adapter", target)
+    _writable(target)
     name = f"arrays-{uuid.uuid4().hex}"
+    replaced = _recorded(target / METADATA) | _recorded(target / SAVING)
     fix = "make room on the disk or mend it, and save again."
     with writing("save_adapter", f"'{target}' can't be written to; what was saved there before is whole.", fix):
+        _replace(target / SAVING, json.dumps({"arrays": [*sorted(replaced), name]}))
         with _checkpointer() as checkpointer:
             checkpointer.save(target / name, _nest(arrays))
         _sync(target / name)
@@ -75,15 +89,15 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
             "arrays": name,
             "targets": {path: _target(path, arrays) for path in targets},
             "train": full,
-            "leaves": {path: _described(array) | {"sha256": _digest(array)} for path, array in arrays.items()},
-            "files": _files(target / name),
+            "leaves": {path: _described(array) | {"sha256": digest_array(array)} for path, array in arrays.items()},
+            "files": file_digests(target / name),
             "base": _fingerprint(base, full),
             "libraries": {library: _version(library) for library in LIBRARIES},
         }
-        _replace(target / METADATA, json.dumps(metadata | {"sha256": _seal(metadata)}, indent=1))
-    for old in target.glob("arrays-*"):
-        if old.name != name:
-            shutil.rmtree(old, ignore_errors=True)
+        _replace(target / METADATA, json.dumps(metadata | {"sha256": digest_json(metadata)}, indent=1))
+    for old in replaced:
+        _remove_arrays(target, old)
+    (target / SAVING).unlink(missing_ok=True)
 
 
 def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
@@ -99,15 +113,13 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
 
     Raises:
       ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that
-        is already wrapped or not the one the adapter was trained on, with the leaves that differ.
+        is already wrapped or not the one the adapter was trained on, with the leaves that differ; a name of `folder`
+        that Orbax can't read.
     """
     base = flatten(base_params)
     if is_wrapped(base):
         raise _refuse("base_params is already wrapped.", "pass the tree before wrap, or jlora.unwrap(params).")
-    source = File(folder).absolute()
-    metadata = _read_metadata(source)
-    _check_base(base, metadata)
-    arrays = _read_arrays(source, metadata)
+    metadata, arrays = read_adapter(folder, lambda metadata: _check_base(base, metadata))
 
     def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
         out: dict[Any, Any] = {}
@@ -126,6 +138,65 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
         return out
 
     return edit(base_params, change)
+
+
+def read_adapter(
+    folder: str | os.PathLike[str], check: Callable[[Mapping[str, Any]], None] = lambda metadata: None
+) -> tuple[dict[str, Any], dict[Path, np.ndarray]]:
+    """The record and the arrays of a saved adapter, both of one save.
+
+    Args:
+      folder: what `save_adapter` wrote.
+      check: called with the record before its arrays are read; raises where they are of no use.
+
+    Raises:
+      ValueError: no checkpoint there, or one that is damaged, changed by hand or of a newer format.
+    """
+    source = File(folder).absolute()
+    check_name("restore_adapter", source, write=False)
+    metadata = read_metadata(source)
+    for _ in range(READS):
+        check(metadata)
+        try:
+            return metadata, _read_arrays(source, metadata)
+        except ValueError:
+            # A save that ended meanwhile has removed these arrays, and its record names others.
+            newer = read_metadata(source)
+            if newer["arrays"] == metadata["arrays"]:
+                raise
+            metadata = newer
+    problem = f"'{source}' was saved again during each of {READS} attempts to read it."
+    raise _refuse(problem, "restore it while no process saves into it.")
+
+
+def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) -> None:
+    """Checks that Orbax reads and writes a folder of this name, and not another.
+
+    TensorStore turns a backslash into a slash, etils takes some names for buckets in the cloud, and Orbax looks for
+    the files that it has just written with a glob pattern.
+
+    Args:
+      who: the caller, for the error.
+      folder: the folder's path; it need not exist.
+      write: whether it will be written to: a glob pattern can be read.
+
+    Raises:
+      ValueError: parts of the path can't be used; all of them are listed.
+    """
+    parts = File(folder).absolute().parts
+    wrong = []
+    for n, part in enumerate(parts):
+        if "\\" in part:
+            wrong.append(f"{part!r}  has a backslash")
+        if part.endswith("gs:") or (n == 1 and part in CLOUDS):
+            wrong.append(f"{part!r}  is read as the address of a bucket")
+        if write and re.search(r"[*?[\]]", part):
+            wrong.append(f"{part!r}  is a glob pattern")
+        if re.search("[\ud800-\udfff]", part):
+            wrong.append(f"{part!r}  is not UTF-8")
+    if wrong:
+        problem = f"Orbax can't use the path {os.fspath(folder)!r}."
+        raise ValueError(complain(who, problem, wrong, "rename the folder, or choose another."))
 
 
 @contextlib.contextmanager
@@ -163,17 +234,26 @@ def _described(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def _files(folder: File) -> dict[str, str]:
+def file_digests(folder: File) -> dict[str, str]:
     """A digest of every file under a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): _sha256(file.read_bytes()) for file in files}
+
+
+def file_digest(file: File) -> str | None:
+    """A digest of a file, None where it can't be read."""
+    try:
+        return _sha256(file.read_bytes()) if file.is_file() else None
+    except OSError:
+        return None
 
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _digest(array: np.ndarray) -> str:
+def digest_array(array: np.ndarray) -> str:
+    """A digest of an array's dtype, shape and values."""
     return _sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes())
 
 
@@ -191,8 +271,8 @@ def _sample(leaf: Any) -> str | None:
     index = np.unravel_index(positions, leaf.shape)
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, NamedSharding):  # which on a mesh with explicit axes must be told where values go
-        return _digest(np.asarray(leaf.at[index].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))))
-    return _digest(np.asarray(leaf[index]))
+        return digest_array(np.asarray(leaf.at[index].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))))
+    return digest_array(np.asarray(leaf[index]))
 
 
 def _version(library: str) -> str | None:
@@ -202,7 +282,8 @@ def _version(library: str) -> str | None:
         return None
 
 
-def _seal(metadata: Mapping[str, Any]) -> str:
+def digest_json(metadata: Mapping[str, Any]) -> str:
+    """A digest of a JSON object, whatever the order of its keys."""
     return _sha256(json.dumps(metadata, sort_keys=True).encode())
 
 
@@ -217,14 +298,31 @@ def _nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def _writable(folder: File) -> File:
+def _writable(folder: File) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         problem = f"can't write to the folder '{folder}': {error.strerror}."
         raise ValueError(complain("save_adapter", problem, [], "pass a folder you may write to.")) from error
-    return folder
+
+
+def _recorded(file: File) -> set[str]:
+    """The folders of arrays that a record of an earlier save names; none where it is missing or damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    names = content.get("arrays") if isinstance(content, dict) else None
+    names = names if isinstance(names, list) else [names]
+    return {name for name in names if isinstance(name, str) and ARRAYS.fullmatch(name)}
+
+
+def _remove_arrays(folder: File, name: str) -> None:
+    """Removes a folder of arrays, or what a killed save left of it; never what a link leads to."""
+    for path in (folder / name, *folder.glob(f"{name}.orbax-checkpoint-tmp*")):
+        if not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(folder: File) -> None:
@@ -251,14 +349,14 @@ def _refuse(problem: str, fix: str, offenders: Iterable[str] = ()) -> ValueError
     return ValueError(complain("restore_adapter", problem, offenders, fix))
 
 
-def _read_metadata(folder: File) -> dict[str, Any]:
+def read_metadata(folder: File) -> dict[str, Any]:
     file = folder / METADATA
     if not file.is_file():
         raise _refuse(f"'{folder}' holds no {METADATA}.", "pass the folder given to jlora.save_adapter.")
     again = "restore the file, or save the adapter again."
     try:
         metadata = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refuse(f"'{file}' is damaged: {error}.", again) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise _refuse(f"'{file}' is not of the format {FORMAT!r}.", again)
@@ -266,9 +364,49 @@ def _read_metadata(folder: File) -> dict[str, Any]:
     if version != VERSION:
         problem = f"'{file}' has format version {version}; this jlora reads version {VERSION}."
         raise _refuse(problem, "upgrade jlora, or save the adapter again.")
-    if metadata.pop("sha256", None) != _seal(metadata):
+    if metadata.pop("sha256", None) != digest_json(metadata):
         raise _refuse(f"'{file}' was changed after it was written.", again)
+    wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(metadata.get(name), kind)]
+    if wrong:
+        raise _refuse(f"'{file}' has {count(len(wrong), 'entry', 'entries')} missing or of a wrong type.", again, wrong)
+    _check_places(folder, metadata)
     return metadata
+
+
+def _check_places(folder: File, metadata: Mapping[str, Any]) -> None:
+    """Checks that a record names nothing outside its folder: anyone can write a record, with its digest.
+
+    Raises:
+      ValueError: a path in it is absolute, climbs, or is a link that leads outside; all of them are listed.
+    """
+    name, files = metadata["arrays"], metadata["files"]
+    wrong = []
+    if not ARRAYS.fullmatch(name):
+        wrong.append(f"arrays: {name!r}")
+    elif not _is_inside(folder, folder / name):
+        wrong.append(f"{name!r}  is a link to {os.path.realpath(folder / name)!r}")
+    else:
+        for file in files:
+            path = folder / name / file
+            if File(file).is_absolute() or ".." in File(file).parts:
+                wrong.append(f"files: {file!r}")
+            elif not _is_inside(folder, path):
+                wrong.append(f"{file!r}  is a link to {os.path.realpath(path)!r}")
+    if wrong:
+        problem = f"'{folder / METADATA}' names {count(len(wrong), 'path')} outside its folder."
+        raise _refuse(problem, "don't use this adapter; get it from whoever trained it.", wrong)
+
+
+def _is_inside(folder: File, path: File) -> bool:
+    """Whether a path, its links followed, lies in a folder, or in the hub's cache, whose files are links to blobs."""
+    roots = [folder, *(parent.parents[1] / "blobs" for parent in (folder, *folder.parents) if _is_snapshot(parent))]
+    target = File(os.path.realpath(path))
+    return any(target.is_relative_to(os.path.realpath(root)) for root in roots)
+
+
+def _is_snapshot(folder: File) -> bool:
+    """Whether a folder is a snapshot in the cache of the Hugging Face hub."""
+    return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
 def _check_base(base: Mapping[Path, Any], metadata: Mapping[str, Any]) -> None:
@@ -298,20 +436,24 @@ def _difference(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None
 
 def _read_arrays(folder: File, metadata: Mapping[str, Any]) -> dict[Path, np.ndarray]:
     folder, again = folder / metadata["arrays"], "restore the files, or save the adapter again."
-    found = _files(folder)
-    spoilt = [
-        f"{name!r}  {'changed' if name in found else 'missing'}"
+    found = {name: file_digest(folder / name) for name in metadata["files"]}
+    damaged = [
+        f"{name!r}  {'changed' if found[name] else 'missing'}"
         for name, digest in metadata["files"].items()
-        if found.get(name) != digest
+        if found[name] != digest
     ]
-    if spoilt:
-        raise _refuse(f"{count(len(spoilt), 'file')} in '{folder}' damaged or missing.", again, spoilt)
+    if damaged:
+        raise _refuse(f"{count(len(damaged), 'file')} in '{folder}' damaged or missing.", again, damaged)
     leaves = metadata["leaves"]
     # As numpy: the sharding is the base's, whatever it was when saved.
     wanted = _nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
-    with _checkpointer() as checkpointer:
-        arrays = flatten(checkpointer.restore(folder, restore_args=wanted))
-    wrong = [repr(path) for path, leaf in leaves.items() if _digest(arrays[path]) != leaf["sha256"]]
+    try:
+        with _checkpointer() as checkpointer:
+            arrays = flatten(checkpointer.restore(folder, restore_args=wanted))
+    except Exception as error:  # each library that takes part in reading has errors of another kind
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise _refuse(f"the arrays in '{folder}' can't be read.", again, [reason]) from error
+    wrong = [repr(path) for path, leaf in leaves.items() if digest_array(arrays[path]) != leaf["sha256"]]
     if wrong:
         raise _refuse(f"{count(len(wrong), 'array')} in '{folder}' read otherwise than saved.", again, wrong)
     return arrays
