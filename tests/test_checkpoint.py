@@ -1,5 +1,6 @@
 """Adapter checkpoints: what goes in comes out, onto its own base only, whole or not at all."""
 
+import dataclasses
 import json
 import os
 import random
@@ -417,6 +418,43 @@ def test_another_base_is_an_error_that_says_what_differs(saved):
         "  'head/scale'  only in this base",
         "Fix: pass the base the adapter was trained on, with the same weights and dtype.",
     ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    eps: float = 1e-5
+    windows: tuple = (3, None)
+    dtype: object = jnp.float32
+    scan: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    config: Settings = Settings()
+    head: str | None = None
+
+
+def test_settings_of_the_model_that_differ_are_listed_and_its_dtype_is_not_one(tmp_path):
+    base = base_params()
+    params = wrapped(base)
+    save_adapter(tmp_path, params, model=Model())
+    for model in (None, Model(), Model(Settings(dtype=jnp.bfloat16, scan=True))):
+        same(restore_adapter(tmp_path, base, model=model), params)
+    with pytest.raises(
+        ValueError, match="restore_adapter: this is not the model the adapter was trained on: 3"
+    ) as error:
+        restore_adapter(tmp_path, base, model=Model(Settings(eps=0.1, windows=(3, 4)), head="labels"))
+    assert str(error.value).splitlines()[1:] == [
+        "  config.eps is 0.1, was 1e-05",
+        "  config.windows is [3, 4], was [3, null]",
+        '  head is "labels", was null',
+        "Fix: restore the config.json that the model had, or train again.",
+    ]
+    with pytest.raises(TypeError, match=r"model is a dict, not a module\.\nFix: pass the module"):
+        save_adapter(tmp_path, params, model={"eps": 1})
+    # An adapter saved without its model, or by an earlier version, says nothing of it.
+    save_adapter(tmp_path, params)
+    same(restore_adapter(tmp_path, base, model=Model(Settings(eps=0.1))), params)
 
 
 def test_a_fully_trained_leaf_may_have_other_values_in_the_base_but_no_other_shape(tmp_path):

@@ -23,8 +23,10 @@ from jlora.recipes import runs
 from jlora.recipes.batches import make_rows, pad
 from jlora.recipes.config import Optimisation
 from jlora.recipes.fit import Compiled, Evaluation, History, Job, Resumed, Step, fit, make_optimizer, prepare, schedule
+from jlora.recipes.inspection import load_adapted
 from jlora.recipes.metrics import entities
 from jlora.recipes.tasks import TASKS, log_softmax
+from jlora.training.checkpoint import describe_model
 
 TASK_NAMES = tuple(TASKS)
 MEASURES = {
@@ -295,6 +297,69 @@ def test_a_run_never_resumes_with_other_data_in_either_split(jobs, tmp_path):
     assert [type(event) for event in fit(job, tmp_path)] == [Compiled, Resumed]
 
 
+@pytest.fixture(scope="module")
+def finished(jobs, tmp_path_factory):
+    """A job of six steps with a checkpoint every second, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("finished")
+    changes = {"optimisation": {"steps": 6}, "run": {"evaluate_every": 2}, "output": {"log_every": 1}}
+    job = jobs["sequence_classification"]
+    job = dataclasses.replace(job, config=settings(job.config, **changes))
+    list(fit(job, folder))
+    return job, folder
+
+
+def flip(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_run_ends_in_the_same_bits(finished, tmp_path):
+    job, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    (data,) = (tmp_path / "run" / "checkpoints" / "6" / "state" / "d").iterdir()
+    flip(data, data.stat().st_size // 2)
+    resumed, *events = list(fit(job, tmp_path / "run"))[1:]
+    assert isinstance(resumed, Resumed) and resumed.step == 4
+    (damage,) = resumed.damaged
+    assert damage == f"step 6: 1 file damaged or missing: state/d/{data.name}"
+    assert events[-1].step == 6
+    found, expected = tiny_job.lines(tmp_path / "run"), tiny_job.lines(folder)
+    assert [line for line in found if line["event"] == "damage"] == [
+        {"event": "damage", "step": 4, "damaged": [damage]}
+    ]
+    assert [line for line in found if line["event"] != "damage"] == expected
+    # Resumed once more, the note of the damage is no step and no evaluation.
+    again = list(fit(job, tmp_path / "run"))[-1]
+    assert [event.step for event in again.past] == [line["step"] for line in expected]
+    assert again.damaged == []
+
+
+def test_a_run_is_not_resumed_on_a_base_that_computes_something_else(finished, tmp_path):
+    job, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    model = job.task.loaded.model
+    model = model.clone(config=dataclasses.replace(model.config, layer_norm_eps=0.1))
+    loaded = dataclasses.replace(job.task.loaded, model=model)
+    task = TASKS["sequence_classification"](job.config, loaded, job.task.labels)
+    with pytest.raises(
+        ValueError, match=r"resume: this is not the model .*\n  config.layer_norm_eps is 0.1, was 1e-12\n"
+    ):
+        list(fit(dataclasses.replace(job, task=task), tmp_path / "run"))
+
+
+def test_a_byte_of_the_history_that_was_flipped_is_an_error_that_names_the_file(finished, tmp_path):
+    job, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    flip(tmp_path / "run" / "metrics.jsonl", 20)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"resume: .*metrics\.jsonl was changed after it was written\.\nFix: put it back"
+    ):
+        list(fit(job, tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
 def test_parts_of_a_batch_one_after_the_other_train_as_the_whole(jobs, tmp_path):
     job = jobs["causal_lm"]
     assert len({int(row.weights.sum()) for row in job.rows}) > 1
@@ -368,6 +433,50 @@ def test_a_run_read_back_scores_as_the_one_saved(jobs, tmp_path):
     assert (run.task.labels, dict(run.answers)) == (tuple(sorted(tiny_job.TOPICS)), answers)
     saved, back = job.task.score(params, job.validation), run.task.score(run.params, job.validation)
     assert np.array_equal(saved.outputs, back.outputs)
+
+
+CHANGES = {
+    "instruction": {
+        "rope_theta": (5e5, "rope.theta is 500000.0, was 10000.0"),
+        "rms_norm_eps": (1e-3, "norm_eps is 0.001, was 1e-05"),
+        "hidden_act": ("relu", 'activation is "relu", was "silu"'),
+        "num_attention_heads": (4, "num_heads is 4, was 2"),
+        "sliding_window": (None, None),
+        "torch_dtype": ("bfloat16", None),
+    },
+    "sequence_classification": {
+        "layer_norm_eps": (1e-3, "layer_norm_eps is 0.001, was 1e-12"),
+        "hidden_act": ("relu", 'hidden_act is "relu", was "gelu"'),
+        "num_attention_heads": (4, "num_attention_heads is 4, was 2"),
+        "initializer_range": (0.5, None),
+    },
+}
+
+
+@pytest.mark.parametrize("task", CHANGES)
+def test_a_base_whose_config_computes_something_else_is_refused_with_what_differs(task, jobs, tmp_path):
+    job = jobs[task]
+    config = settings(job.config, output={"folder": tmp_path / "run"})
+    runs.begin_run(config, job.task.labels, {})
+    runs.save_best(tmp_path / "run", job.params, job.task)
+    shutil.copytree(config.model.name, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    whole = json.loads(file.read_text())
+    for name, (value, words) in CHANGES[task].items():
+        more = {"num_key_value_heads": 4} if name == "num_attention_heads" and task == "instruction" else {}
+        file.write_text(json.dumps(whole | {name: value} | more))
+        if words is None:
+            runs.load_run(tmp_path / "run", model=str(tmp_path / "base"))
+            continue
+        with pytest.raises(ValueError, match="this is not the model the adapter was trained on") as error:
+            runs.load_run(tmp_path / "run", model=str(tmp_path / "base"))
+        assert f"  config.{words}\n" in str(error.value)
+        # The adapter alone says the same, where it is merged, exported or inspected.
+        with pytest.raises(ValueError, match="this is not the model the adapter was trained on"):
+            load_adapted(tmp_path / "run" / "adapter", str(tmp_path / "base"))
+    file.write_text(json.dumps(whole))
+    adapted = load_adapted(tmp_path / "run" / "adapter", str(tmp_path / "base"))
+    assert describe_model(adapted.loaded.model) == describe_model(job.task.loaded.model)
 
 
 def test_a_damaged_run_is_an_error_that_names_the_file(jobs, tmp_path):

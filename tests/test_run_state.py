@@ -67,7 +67,8 @@ def damages(whole: bytes):
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_restored(saved, tmp_path, capfd):
     seen = {"detected": 0, "harmless": 0}
     files = sorted(path.relative_to(saved) for path in (saved / "6").rglob("*") if path.is_file())
-    for file, (how, content) in [(file, form) for file in files for form in damages((saved / file).read_bytes())]:
+    cases = [(file, *form) for file in files for form in damages((saved / file).read_bytes())]
+    for file, how, content in cases:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(saved, tmp_path / "run")
         (tmp_path / "run" / file).unlink()

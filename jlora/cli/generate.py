@@ -119,7 +119,7 @@ def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
     """
     folder = folder / ADAPTER if (folder / ADAPTER / "adapter.json").is_file() else folder
     if (folder / "adapter.json").is_file():
-        return restore_adapter(folder, loaded.params)
+        return restore_adapter(folder, loaded.params, model=loaded.model)
     if (folder / "adapter_config.json").is_file():
         return load_peft(folder, loaded.model, loaded.params)
     offenders = ["neither adapter.json (jlora) nor adapter_config.json (PEFT) is there"]

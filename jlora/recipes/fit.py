@@ -32,7 +32,7 @@ from jlora.core.tree import join, split
 from jlora.recipes.batches import Row, buckets, pad, training_batches
 from jlora.recipes.config import Config, Optimisation
 from jlora.recipes.tasks import Scores, Task, pad_token
-from jlora.training.checkpoint import writing
+from jlora.training.checkpoint import check_model, describe_model, writing
 from jlora.training.run_state import RunCheckpoints
 from jlora.training.sharding import place_rows
 from jlora.training.step import TrainState, make_train_step
@@ -436,7 +436,8 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
 
     def save(n: int) -> None:
         written = history.position
-        notes = {**job.digests, "data": batches.get_state(), "progress": progress.notes()}
+        model = describe_model(job.task.loaded.model)
+        notes = {**job.digests, "model": model, "data": batches.get_state(), "progress": progress.notes()}
         checkpoints.save(n, state, notes | {"written": written, "metrics": history.digest(written)})
 
     try:
@@ -446,6 +447,7 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
         else:
             state, notes, damaged = found
             check_rows(notes, job.digests)
+            check_model("resume", notes.get("model"), job.task.loaded.model)
             progress = Progress.read(notes["progress"])
             batches.set_state(notes["data"])
             past = history.rewind(notes["written"], notes.get("metrics"))

@@ -215,8 +215,8 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
         return Adapted(loaded, params, changed(loaded.params, params), dropout)
     if kind == "jlora":
         metadata = read_metadata(folder)
-        loaded = load_model(named(folder, model), **form_of(metadata["base"], named(folder, model)))
-        params = restore_adapter(folder, loaded.params)
+        loaded = load_model(named(folder, model), **form_of(metadata, named(folder, model)))
+        params = restore_adapter(folder, loaded.params, model=loaded.model)
         return Adapted(loaded, params, changed(loaded.params, params))
     config = peft.read_config(folder)
     name = named(folder, model or config.get("base_model_name_or_path"))
@@ -237,16 +237,20 @@ def named(folder: File, model: str | None) -> str:
     return model
 
 
-def form_of(base: Mapping[Path, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """How a base has to be loaded to have the leaves that an adapter was trained on."""
+def form_of(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """How a base has to be loaded to have the leaves and the head that an adapter was trained on."""
+    base, settings = metadata["base"], metadata.get("model") or {}
     family = find_family(find_folder(name, None))
     dtypes = {leaf["dtype"] for leaf in base.values()}
     form: dict[str, Any] = {"scan": any(family.stack in path.split("/") for path in base)}
     form |= {"dtype": next(iter(dtypes))} if len(dtypes) == 1 else {}
+    form |= {name: settings[name] for name in ("head", "pooling") if name in settings}
     labels = [leaf["shape"][-1] for path, leaf in base.items() if path.split("/")[0] in CLASSIFIERS]
     if not labels:
         return form
     form["num_labels"] = labels[0]
+    if "head" in form:
+        return form
     # Heads of one name differ in their leaves: a bias, or a pooler before them.
     for head in (head for head in LABELLED if head in family.heads):
         model = load_model(name, abstract=True, head=head, **form).model

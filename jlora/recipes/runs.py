@@ -288,7 +288,7 @@ def save_best(folder: Path, params: Tree, task: Task) -> None:
     if task.mesh is not None:
         params = gather(params, task)
     if jax.process_index() == 0:
-        save_adapter(folder / ADAPTER, params, train=task.trained)
+        save_adapter(folder / ADAPTER, params, train=task.trained, model=task.loaded.model)
 
 
 def gather(params: Tree, task: Task) -> Tree:
@@ -326,7 +326,8 @@ def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None 
         config = configs.with_model(config, model)
     labels, answers = _read_labels(folder / LABELS)
     loaded = place_base(load_base(config, labels), mesh)
-    params = place_params(restore_adapter(folder / ADAPTER, loaded.params), loaded.model, mesh)
+    params = restore_adapter(folder / ADAPTER, loaded.params, model=loaded.model)
+    params = place_params(params, loaded.model, mesh)
     task = TASKS[config.data.task](config, loaded, labels, mesh)
     return Run(task=task, params=params, answers=answers, config=config)
 

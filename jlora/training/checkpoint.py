@@ -12,6 +12,7 @@ save has to remove. Nothing else in the folder is ever removed.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -44,12 +45,14 @@ ENTRIES = {"arrays": str, "train": list} | dict.fromkeys(("targets", "leaves", "
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 SAMPLES = 64  # values hashed of each base leaf
 SHOWN = 20  # differing leaves an error lists
+# Fields of a module that change nothing of what it computes, or nothing but its rounding.
+NO_SETTINGS = ("parent", "name", "origin", "dtype", "param_dtype", "scan", "remat", "initializer_range")
 READS = 100  # attempts to read an adapter that another process keeps replacing
 # What etils takes for a bucket in the cloud: "/gs/..." and any "gs:/".
 CLOUDS = ("gs", "s3", "az", "hf")
 
 
-def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern = ()) -> None:
+def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern = (), model: Any = None) -> None:
     """Saves the adapters of a wrapped tree, and the leaves trained in full.
 
     Overwrites what an earlier save put into `folder`, and leaves other files there alone. Killed at any
@@ -60,6 +63,8 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
       folder: made if it isn't there.
       params: a wrapped tree.
       train: leaves trained in full beside the adapters, as in `split`.
+      model: the module that reads the tree, or another dataclass; its settings are saved, and `restore_adapter`
+        compares them.
 
     Raises:
       ValueError: the tree has no adapter, a name in `train` matches nothing, `folder` can't be written to, or its
@@ -86,6 +91,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
         metadata = {
             "format": FORMAT,
             "version": VERSION,
+            "model": describe_model(model),
             "arrays": name,
             "targets": {path: _target(path, arrays) for path in targets},
             "train": full,
@@ -100,12 +106,13 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     (target / SAVING).unlink(missing_ok=True)
 
 
-def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
+def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model: Any = None) -> Tree:
     """Puts a saved adapter, and the leaves trained in full with it, on the base it was trained on.
 
     Args:
       folder: what `save_adapter` wrote.
       base_params: the tree as it was before `wrap`; of leaves trained in full only shape and dtype must fit.
+      model: the module that will read the tree; its settings must be those that the adapter was trained with.
 
     Returns:
       The wrapped tree as it was saved; training goes on from it as if it had never stopped. Containers and
@@ -113,13 +120,18 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree) -> Tree:
 
     Raises:
       ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that
-        is already wrapped or not the one the adapter was trained on, with the leaves that differ; a name of `folder`
-        that Orbax can't read.
+        is already wrapped or not the one the adapter was trained on, with the leaves or settings that differ; a name
+        of `folder` that Orbax can't read.
     """
     base = flatten(base_params)
     if is_wrapped(base):
         raise _refuse("base_params is already wrapped.", "pass the tree before wrap, or jlora.unwrap(params).")
-    metadata, arrays = read_adapter(folder, lambda metadata: _check_base(base, metadata))
+
+    def check(metadata: Mapping[str, Any]) -> None:
+        _check_base(base, metadata)
+        check_model("restore_adapter", metadata.get("model"), model)
+
+    metadata, arrays = read_adapter(folder, check)
 
     def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
         out: dict[Any, Any] = {}
@@ -167,6 +179,58 @@ def read_adapter(
             metadata = newer
     problem = f"'{source}' was saved again during each of {READS} attempts to read it."
     raise _refuse(problem, "restore it while no process saves into it.")
+
+
+def describe_model(model: Any) -> dict[str, Any] | None:
+    """The settings that a model's outputs depend on beside its parameters, as JSON; None for no model.
+
+    Args:
+      model: a Flax module or another dataclass. Left out are its dtypes, how it is compiled, and where it comes from.
+
+    Raises:
+      TypeError: the model is not a dataclass.
+    """
+    if model is None:
+        return None
+    if not dataclasses.is_dataclass(model) or isinstance(model, type):
+        fix = "pass the module, or leave model out."
+        raise TypeError(complain("save_adapter", f"model is a {type(model).__name__}, not a module.", [], fix))
+    return json.loads(json.dumps(_settings(model), default=repr))
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    values = {item.name: getattr(model, item.name, None) for item in dataclasses.fields(model)}
+    nested = {name: _settings(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    return {name: value for name, value in nested.items() if name not in NO_SETTINGS}
+
+
+def check_model(who: str, saved: Mapping[str, Any] | None, model: Any) -> None:
+    """Checks that a model has the settings that were saved; settings that only one of the two has do not count.
+
+    Args:
+      who: the caller, for the error.
+      saved: what `describe_model` returned; None where nothing was saved.
+      model: the model now; None where it is not known.
+
+    Raises:
+      ValueError: settings differ; all of them are listed.
+    """
+    now = describe_model(model)
+    wrong = list(_changes(saved, now)) if saved and now else []
+    if wrong:
+        differ = count(len(wrong), "setting differs", "settings differ")
+        problem = f"this is not the model the adapter was trained on: {differ}."
+        fix = "restore the config.json that the model had, or train again."
+        raise ValueError(complain(who, problem, wrong, fix))
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in saved:
+        if name in now and saved[name] != now[name]:
+            if isinstance(saved[name], Mapping) and isinstance(now[name], Mapping):
+                yield from _changes(saved[name], now[name], f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name} is {json.dumps(now[name])}, was {json.dumps(saved[name])}"
 
 
 def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) -> None:

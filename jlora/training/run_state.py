@@ -25,7 +25,6 @@ from jlora.core.errors import complain, count
 from jlora.training.checkpoint import check_name, digest_json, file_digest, file_digests, writing
 from jlora.training.step import TrainState
 
-
 RECORD = "files.json"
 
 
