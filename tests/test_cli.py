@@ -92,6 +92,29 @@ def test_the_same_seed_gives_the_same_run_to_the_bit(fresh, job):
     assert all((one == two).all() for one, two in zip(leaves(first), leaves(second), strict=True))
 
 
+def test_a_job_without_validation_keeps_the_last_step_and_is_measured_on_what_there_is(fresh, capsys):
+    flags = ["--optimisation.epochs", "1"]
+    text = mistake(capsys, "sweep", str(fresh), *flags, "--data.validation", "false")
+    assert "sweep: a sweep compares its members on validation data" in text
+    change(fresh, 'validation = "validation.jsonl"', "validation = false")
+    results = {}
+    for name in ("test", "train"):
+        if name == "train":
+            change(fresh, 'test = "test.jsonl"\n', "")
+        assert main(["train", str(fresh), *flags, "--output.overwrite"]) == 0
+        run = fresh.parent / "run"
+        results[name] = json.loads((run / "result.json").read_text())
+        assert results[name]["asked"] == name
+        assert (results[name]["best_step"], results[name]["best"]) == (9, {})
+        assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+        assert {line["event"] for line in lines(run)} == {"step"}
+        assert "- validation:" not in (run / "README.md").read_text()
+        flat = " ".join(capsys.readouterr().out.split())
+        assert "No validation data: the adapter of the last step is kept." in flat
+        assert "last step │ 9 │" in flat
+    assert results["train"]["after"]["loss"] < results["train"]["before"]["loss"]
+
+
 def test_flags_win_over_the_file_and_a_run_is_not_written_over_unless_asked(fresh, capsys):
     run = fresh.parent / "run"
     run.mkdir()

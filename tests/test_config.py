@@ -89,6 +89,25 @@ def test_values_that_exclude_each_other_are_refused(tmp_path):
         parse(tmp_path, data={"task": "causal_lm"}, optimisation=balanced)
 
 
+def test_validation_may_be_false_in_the_file_and_on_the_command_line(tmp_path):
+    for value in (False, "false", "False"):
+        config = parse(tmp_path, data={"validation": value})
+        assert config.data.validation is False
+        (tmp_path / "job.toml").write_text(configs.to_toml(config))
+        assert configs.read(tmp_path / "job.toml") == configs.check(config) == config
+    with pytest.raises(ValueError, match=r"data\.validation = True  expected: a path or false\n"):
+        parse(tmp_path, data={"validation": True})
+    with pytest.raises(ValueError, match=r"data\.validation = 0  expected: a path or false\n"):
+        parse(tmp_path, data={"validation": 0})
+    with pytest.raises(ValueError) as caught:
+        parse(tmp_path, data={"validation": False}, run={"patience": 2, "evaluate_every": 5})
+    reason = "expected: left out, since data.validation = false leaves nothing to evaluate"
+    assert str(caught.value).splitlines()[1:-1] == [
+        f"  run.patience = 2  {reason}",
+        f"  run.evaluate_every = 5  {reason}",
+    ]
+
+
 def test_missing_entries_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"data\.train is missing  expected: a path\n  output\.folder is missing"):
         configs.parse({"model": {"name": "m"}, "data": {"validation": "b"}}, source="x", folder=tmp_path)

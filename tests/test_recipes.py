@@ -22,7 +22,20 @@ from jlora.recipes import config as configs
 from jlora.recipes import runs
 from jlora.recipes.batches import make_rows, pad
 from jlora.recipes.config import Optimisation
-from jlora.recipes.fit import Compiled, Evaluation, History, Job, Resumed, Step, fit, make_optimizer, prepare, schedule
+from jlora.recipes.fit import (
+    Compiled,
+    Evaluation,
+    History,
+    Job,
+    Resumed,
+    Snapshot,
+    Step,
+    Stopped,
+    fit,
+    make_optimizer,
+    prepare,
+    schedule,
+)
 from jlora.recipes.inspection import load_adapted
 from jlora.recipes.metrics import entities
 from jlora.recipes.tasks import TASKS, log_softmax
@@ -278,6 +291,22 @@ def test_steps_and_the_times_of_evaluations_are_as_told(jobs, tmp_path):
     assert [event.step for event in fit(job, tmp_path / "two") if isinstance(event, Evaluation)] == [1, 2, 3]
     again = list(fit(job, tmp_path / "two"))
     assert isinstance(again[-1], Resumed) and again[-1].step == 3
+
+
+def test_without_validation_the_last_steps_adapter_is_kept_and_the_steps_are_the_same(jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    job = dataclasses.replace(job, config=settings(job.config, optimisation={"steps": 12}))
+    *_, evaluated = fit(job, tmp_path / "with")
+    without = dataclasses.replace(job, validation=None)
+    signals = iter([0] * 9 + [15])
+    with pytest.raises(Stopped):
+        list(fit(without, tmp_path / "without", should_stop=lambda: next(signals)))
+    events = list(fit(without, tmp_path / "without"))
+    snapshots = [event for event in events if isinstance(event, Snapshot)]
+    assert isinstance(events[1], Resumed) and [snapshot.step for snapshot in snapshots] == [12]
+    assert not any(isinstance(event, Evaluation) for event in events)
+    last = flatten(snapshots[-1].params)
+    assert all(np.array_equal(last[path], leaf) for path, leaf in flatten(evaluated.params).items())
 
 
 def test_a_run_never_resumes_with_other_data_in_either_split(jobs, tmp_path):

@@ -120,25 +120,30 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def learning_curve(path: Path, events: Sequence[Step | Evaluation], measure: str) -> None:
-    """Draws both losses, and the validation metric if it is another, over the steps; a PNG."""
+    """Draws both losses, and the validation metric if it is another, over the steps; a PNG.
+
+    Without an evaluation it draws the training loss alone.
+    """
     steps = [event for event in events if isinstance(event, Step)]
     found = [event for event in events if isinstance(event, Evaluation)]
+    measure = measure if found else "loss"
     figure = Figure(figsize=(9 if measure != "loss" else 5, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(1, 1 if measure == "loss" else 2, squeeze=False)[0]
     ends = [event.step for event in found]
     panels[0].plot([step.step for step in steps], [step.loss for step in steps], label="training")
-    panels[0].plot(ends, [event.loss for event in found], "o-", label="validation")
+    if found:
+        panels[0].plot(ends, [event.loss for event in found], "o-", label="validation")
     panels[0].set(xlabel="step", ylabel="cross entropy, nats")
     panels[0].legend()
-    best = [event for event in found if event.best][-1]
-    panels[-1].annotate(
-        f"best: {value_of(best, measure):.3f}",
-        (best.step, value_of(best, measure)),
-        xytext=(0, -14),
-        textcoords="offset points",
-        ha="right",
-    )
+    for best in [event for event in found if event.best][-1:]:
+        panels[-1].annotate(
+            f"best: {value_of(best, measure):.3f}",
+            (best.step, value_of(best, measure)),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="right",
+        )
     if measure != "loss":
         panels[1].plot(ends, [value_of(event, measure) for event in found], "o-", color="C1")
         panels[1].set(xlabel="step", ylabel=f"validation {measure}", ylim=(0, 1.02))
@@ -170,7 +175,7 @@ def model_card(config: Config, result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {packages.version(name)}" for name in LIBRARIES if is_installed(name))
     data = config.data
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
-    lines = "\n".join(f"- {name}: `{path}`" for name, path in sources.items() if path is not None)
+    lines = "\n".join(f"- {name}: `{path}`" for name, path in sources.items() if isinstance(path, Path))
     return f"""# LoRA adapter for {config.model.name}
 
 - Base: `{config.model.name}`

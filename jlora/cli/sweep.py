@@ -183,7 +183,7 @@ def check_folder(config: Config, out: Path, overwrite: bool) -> None:
     """Finds out before training whether a sweep can be written.
 
     Raises:
-        ValueError: the job asks for a mesh.
+        ValueError: the job asks for a mesh, or has no validation data.
         OSError: there is something in the folder, or it can't be written to.
     """
     if config.run.mesh is not None or jax.process_count() > 1:
@@ -196,6 +196,9 @@ def check_folder(config: Config, out: Path, overwrite: bool) -> None:
                 fix,
             )
         )
+    if config.data.validation is False:
+        problem = "a sweep compares its members on validation data, and data.validation = false."
+        raise ValueError(complain("sweep", problem, [], "name a file, or leave data.validation out to hold some out."))
     runs.check_writable("sweep", out, "--out")
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
     foreign = [name for name in there if name.removesuffix(".tmp") not in FILES]

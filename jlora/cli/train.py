@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,12 +31,14 @@ from jlora.recipes import runs
 from jlora.recipes.agreement import coarsest_dtype, compare
 from jlora.recipes.batches import Row, Rows, balance_classes, check_targets, make_rows, pack
 from jlora.recipes.config import Config, Data
-from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Step, can_be_written, fit, nulled
+from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Snapshot, Step, can_be_written, fit, nulled
 from jlora.recipes.holdout import hold_out
 from jlora.recipes.readers import Corpus, read_corpus
 from jlora.recipes.runs import Run
 from jlora.recipes.tasks import TASKS, Classes, Scores
 
+# Rows of the training data that a run without other data is measured on.
+MOST_MEASURED = 1000
 FIELDS = {
     "sequence_classification": ("text", "label"),
     "token_classification": ("tokens", "tags"),
@@ -48,11 +51,12 @@ class Result(NamedTuple):
     """What a run came to.
 
     Attributes:
-        asked: what `before` and `after` were measured on, "test" or "validation".
+        asked: what `before` and `after` were measured on: "test", or else "validation", or else the first rows of
+            "train".
         before: loss and metrics with a new adapter, and a new head if there is one.
         after: with the adapter as it was read back from disk.
         best_step: the step that was kept.
-        best: its validation loss and metrics.
+        best: its validation loss and metrics; empty where the last step was kept, without validation data.
         trainable: parameters trained.
         total: parameters of the base with its head.
         adapter_bytes: size on disk of the adapter and the leaves trained in full.
@@ -86,14 +90,16 @@ class Learnt(NamedTuple):
         asked: the split that the result is measured on.
         rows: its rows.
         before: what the model made of them with a new adapter.
-        best: the evaluation whose adapter was kept.
+        kept: the step whose adapter was kept.
+        best: the validation loss and metrics then; empty without validation data.
         counts: what was trained.
     """
 
     asked: str
     rows: list[Row]
     before: Scores
-    best: Evaluation
+    kept: int
+    best: dict[str, float]
     counts: Summary
 
 
@@ -124,8 +130,8 @@ def train(config: Config) -> Result:
         learnt.asked,
         {"loss": learnt.before.loss, **learnt.before.metrics},
         {"loss": after.loss, **after.metrics},
-        learnt.best.step,
-        {"loss": learnt.best.loss, **learnt.best.metrics},
+        learnt.kept,
+        learnt.best,
         learnt.counts.trainable,
         learnt.counts.total,
         runs.bytes_on_disk(folder / runs.ADAPTER),
@@ -161,16 +167,18 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     resume = runs.check_folder(config, needed=3 * 4 * counts.trainable * (config.run.keep + 2))
     rows = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in corpus.splits}
     check_targets("train", {name: found.rows for name, found in rows.items()}, data.max_length)
-    job = Job(
-        config=config, task=task, params=params, rows=rows["train"].rows, validation=rows["validation"].rows, mesh=mesh
-    )
+    validation = rows["validation"].rows if "validation" in rows else None
+    job = Job(config=config, task=task, params=params, rows=rows["train"].rows, validation=validation, mesh=mesh)
     console.print(opening(counts, corpus, task, job), highlight=False, soft_wrap=True)
     print_format(console, config, loaded)
     for name, found in rows.items():
         for line in losses(data, name, found):
             console.print(line, highlight=False, soft_wrap=True)
-    asked = "test" if "test" in rows else "validation"
-    before = task.score(params, rows[asked].rows)
+    if validation is None:
+        console.print("No validation data: the adapter of the last step is kept.", highlight=False)
+    asked = next(name for name in ("test", "validation", "train") if name in rows)
+    measured = rows[asked].rows[: MOST_MEASURED if asked == "train" else None]
+    before = task.score(params, measured)
 
     def begin() -> None:
         # No process may find what another has begun to write.
@@ -180,9 +188,9 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
                 runs.begin_run(config, corpus.labels, corpus.answers, resume=resume)
         wait_for_all("run begun")
 
-    best = follow(job, console, begin)
+    kept, best = follow(job, console, begin)
     wait_for_all("run written")
-    return Learnt(asked, rows[asked].rows, before, best, counts)
+    return Learnt(asked, measured, before, kept, best, counts)
 
 
 def print_format(console: Console, config: Config, loaded: LoadedModel) -> None:
@@ -203,7 +211,7 @@ def read(config: Config) -> Corpus:
     data = config.data
     sources = {"train": data.train, "validation": data.validation, "test": data.test}
     corpus = read_corpus(
-        {name: source for name, source in sources.items() if source is not None},
+        {name: source for name, source in sources.items() if isinstance(source, Path)},
         data.task,
         fields=fields_of(config),
         format=data.format,
@@ -249,10 +257,13 @@ def losses(data: Data, split: str, rows: Rows) -> list[str]:
     ]
 
 
-def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
-    """Consumes the events of a fit: shows them, keeps the best adapter on disk, draws the curves; gives the best.
+def follow(job: Job, console: Console, begin: Callable[[], None]) -> tuple[int, dict[str, float]]:
+    """Consumes the events of a fit: shows them, keeps the best adapter on disk, draws the curves.
 
     `begin` is called when the step is known to compile, and before anything is written.
+
+    Returns:
+        The step whose adapter was kept, and its validation loss and metrics, if there are validation data.
     """
     config, folder = job.config, job.config.output.folder
     unit = "examples" if type(job.task) is Classes else "tokens"
@@ -283,6 +294,10 @@ def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
                 for past in events:
                     write(past)
                 continue
+            if isinstance(event, Snapshot):
+                # The last one stays.
+                runs.save_best(folder, event.params, job.task)
+                continue
             monitor.show(event)
             write(event)
             if isinstance(event, Evaluation):
@@ -296,7 +311,10 @@ def follow(job: Job, console: Console, begin: Callable[[], None]) -> Evaluation:
             learning_curve(folder / runs.CURVE, events, job.task.measure)
     for hint in show.hints(events, config):
         console.print(hint, highlight=False)
-    return [event for event in events if isinstance(event, Evaluation) and event.best][-1]
+    if job.validation is None:
+        return job.steps, {}
+    best = [event for event in events if isinstance(event, Evaluation) and event.best][-1]
+    return best.step, {"loss": best.loss, **best.metrics}
 
 
 @contextlib.contextmanager
@@ -420,9 +438,12 @@ def table(result: Result, rows: int, task: Any) -> Sequence[tuple[str, str]]:
         scores.append((f"{result.asked} {name} after", f"{result.after[name]:.3f}"))
     what = "logits" if type(task) is Classes else "loss"
     agreement = "differ" if result.warnings else "adapted = merged"
+    kept = str(result.best_step)
+    if result.best:
+        kept += f" (validation {task.measure} {result.best[task.measure]:.3f})"
     return [
         *scores,
-        ("best step", f"{result.best_step} (validation {task.measure} {result.best[task.measure]:.3f})"),
+        ("best step" if result.best else "last step", kept),
         ("parameters trained", f"{result.trainable:,} of {result.total:,} ({share})"),
         ("adapter on disk, of the base's", f"{size} ({percent(result.adapter_bytes, result.base_bytes)})"),
         (f"read back: {agreement}", f"on {rows} rows ({what} within {result.merged_difference:.1e})"),

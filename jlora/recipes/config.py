@@ -62,10 +62,11 @@ class Data:
     Attributes:
         task: classes of texts, classes of tokens (BIO), a language model of texts, or answers to questions
         train: file or folder of files to train on, or hub:owner/name
-        validation: file that chooses the best adapter; left out, a share of train is held out for it
+        validation: file that chooses the best adapter; left out, a fraction of train is held out for it; false trains
+            without, and keeps the adapter of the last step
         test: file asked once before training and once after
-        holdout: that share
-        holdout_seed: draws it: the same one for runs with other seeds of their own
+        holdout: that fraction; texts stay on one side, and each class gives the same fraction
+        holdout_seed: seed of the draw, independent of the training seed
         format: how chats are stored; auto recognizes the columns
         unit: what is one text in a .txt file
         answers: what each class of texts says to the user, as JSON lines {"label": ..., "answer": ...}
@@ -90,7 +91,7 @@ class Data:
         "sequence_classification"
     )
     train: Path
-    validation: Path | None = None
+    validation: Literal[False] | Path | None = None
     test: Path | None = None
     holdout: Annotated[float, Range(0, 0.9, above=True)] = 0.1
     holdout_seed: Annotated[int, Range(0, 2**32 - 1)] = 0
@@ -312,9 +313,17 @@ def _section(kind: type, values: Any, where: str, folder: Path, wrong: list[str]
 
 def _conflicts(config: Config) -> list[str]:
     """Values that are right alone and wrong together."""
+    data, run = config.data, config.run
     conflicts = []
-    if config.optimisation.class_weights is not None and config.data.task != "sequence_classification":
-        conflicts.append(f"optimisation.class_weights  expected: no class weights for task {config.data.task}")
+    if config.optimisation.class_weights is not None and data.task != "sequence_classification":
+        conflicts.append(f"optimisation.class_weights  expected: no class weights for task {data.task}")
+    if data.validation is False:
+        evaluating = {"run.patience": run.patience, "run.evaluate_every": run.evaluate_every}
+        conflicts += [
+            f"{name} = {value}  expected: left out, since data.validation = false leaves nothing to evaluate"
+            for name, value in evaluating.items()
+            if value is not None
+        ]
     return conflicts
 
 
@@ -329,6 +338,8 @@ def _entry(hint: Any, value: Any, where: str, folder: Path, wrong: list[str]) ->
         wrong.append(f"{where} = {value!r}  expected: {_expected(hint)}")
         return None
     kinds = _kinds(hint)
+    if value is False or (Literal[False] in kinds and value in ("false", "False")):
+        return False
     if where == "model.name":
         return _model_name(value, folder)
     if Path in kinds and value.startswith(HUB):
@@ -369,15 +380,16 @@ def _fits(hint: Any, value: Any) -> bool:
         ),
         dict[str, int]: lambda: isinstance(value, Mapping) and all(type(rank) is int for rank in value.values()),
     }
-    (kind,) = _kinds(hint)
-    fits = value in get_args(kind) if get_origin(kind) is Literal else tests[kind]()
+    fits = any(
+        any(type(value) is type(choice) and value == choice for choice in get_args(kind))
+        if get_origin(kind) is Literal
+        else tests[kind]()
+        for kind in _kinds(hint)
+    )
     return fits and all(value in limits for limits in _ranges(hint))
 
 
 def _expected(hint: Any) -> str:
-    (kind,) = _kinds(hint)
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
     words = {
         str: "a string",
         Path: "a path",
@@ -387,7 +399,13 @@ def _expected(hint: Any) -> str:
         tuple[str, ...]: "a list of strings",
         dict[str, int]: "a table of whole numbers",
     }
-    return " ".join([words[kind], *map(str, _ranges(hint))])
+    found = []
+    for kind in _kinds(hint):
+        choices = [choice for choice in get_args(kind) if get_origin(kind) is Literal]
+        one = "one of " if len(choices) > 1 else ""
+        found.append(one + ", ".join(map(json.dumps, choices)) if choices else words[kind])
+    # What is written first in a hint is what the command line tries first, not what most want.
+    return " ".join([" or ".join(reversed(found)), *map(str, _ranges(hint))])
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -86,6 +86,18 @@ class Evaluation(NamedTuple):
     params: Tree
 
 
+class Snapshot(NamedTuple):
+    """The adapter of a run without validation data, where a run with them would be evaluated.
+
+    Attributes:
+        step: steps taken so far.
+        params: the wrapped tree now.
+    """
+
+    step: int
+    params: Tree
+
+
 class Compiled(NamedTuple):
     """The step was compiled for the largest batch.
 
@@ -332,7 +344,7 @@ class Job:
         task: what is learnt.
         params: the wrapped tree, on its devices.
         rows: what is trained on.
-        validation: rows that are asked at every evaluation.
+        validation: rows that every evaluation measures; None to train without.
         mesh: the devices; None for one.
     """
 
@@ -340,7 +352,7 @@ class Job:
     task: Task
     params: Tree
     rows: Sequence[Row]
-    validation: Sequence[Row]
+    validation: Sequence[Row] | None
     mesh: Mesh | None = None
 
     @functools.cached_property
@@ -364,7 +376,8 @@ class Job:
     @functools.cached_property
     def digests(self) -> dict[str, int]:
         """What tells the rows of each split from others."""
-        return {"rows": digest(self.rows), "validation": digest(self.validation)}
+        splits = {"rows": self.rows, "validation": self.validation}
+        return {name: digest(rows) for name, rows in splits.items() if rows is not None}
 
     @property
     def steps(self) -> int:
@@ -416,7 +429,8 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
 
     Yields:
         `Compiled`; `Resumed` where there was a checkpoint; a `Step` every `output.log_every` steps and before an
-        evaluation; an `Evaluation` every `run.evaluate_every` steps, or epoch, and at the end.
+        evaluation; an `Evaluation` every `run.evaluate_every` steps, or epoch, and at the end. Without validation
+        data, a `Snapshot` in its place.
 
     Raises:
         Stopped: `should_stop` said so; where the run is has been saved.
@@ -470,9 +484,12 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
             if evaluates:
                 # A step donates its state: what is handed out has to be a copy.
                 params = join(jax.tree.map(jnp.copy, state.adapters), base)
-                evaluation = judge(n, epoch, job.task.score(params, job.validation), progress, params)
-                history.add(evaluation)
-                yield evaluation
+                if job.validation is None:
+                    yield Snapshot(n, params)
+                else:
+                    evaluation = judge(n, epoch, job.task.score(params, job.validation), progress, params)
+                    history.add(evaluation)
+                    yield evaluation
             # Several processes have to agree, for which they wait for each other: seldom, and where they do so anyway.
             stop = should_stop() if jax.process_count() == 1 else agree(should_stop()) if logs else 0
             if stop or evaluates or (options.run.save_every and n % options.run.save_every == 0):
