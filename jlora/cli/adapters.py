@@ -110,7 +110,15 @@ def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite
     """
     check_out("export", out, overwrite)
     adapted = load_adapted(folder, model)
-    save_peft(out, adapted.loaded.model, adapted.params, target=target, train=adapted.train, dropout=adapted.dropout)
+    save_peft(
+        out,
+        adapted.loaded.model,
+        adapted.params,
+        target=target,
+        train=adapted.train,
+        base=adapted.loaded.params,
+        dropout=adapted.dropout,
+    )
     print(f"{folder} exported for {'PEFT' if target == 'peft' else 'vLLM'}: {out}")
 
 

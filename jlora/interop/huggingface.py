@@ -130,7 +130,13 @@ def load_model(
     if head == "classification" and config.pad_token_id is None and tokenizer is not None:
         # Transformers finds the end of a padded text by this id, and refuses to pad without it.
         config.pad_token_id = tokenizer.pad_token_id
-    origin = Origin(str(name_or_folder), describe(folder, config, labelled, head), read_text(folder / GENERATION))
+    origin = Origin(
+        name=str(name_or_folder),
+        config=describe(folder, config, labelled, head),
+        generation=read_text(folder / GENERATION),
+        folder=str(folder.resolve()),
+        revision=revision,
+    )
     pooling = read_pooling(folder) if family.pooled and pooling == "auto" else pooling
     model = family.build(config, head=head, pooling=pooling, dtype=compute_dtype, origin=origin, scan=scan, remat=remat)
     if abstract:
@@ -435,6 +441,32 @@ def read_params(
     made = initialise(model, new, key)
     flat |= {path: place(path, np.asarray(array, wanted)) for path, array in made.items()}
     return unflatten_dict(flat, sep="/"), new
+
+
+def stored_leaves(model: nn.Module) -> dict[str, Callable[[np.dtype], np.ndarray]]:
+    """The parameters that a model's checkpoint stores, by path; each is a function that reads it into a dtype.
+
+    A parameter that the checkpoint lacks, or has in another shape, is left out.
+
+    Raises:
+        ValueError: the folder that the model was loaded from is gone or damaged.
+    """
+    family = family_of(model)
+    stored = {spell(family, tensor.name): tensor for tensor in open_tensors(Path(model.origin.folder))}
+    twins = [*family.copies.items(), *((source, copy) for copy, source in family.copies.items())]
+    for name, twin in twins:
+        # Of two tied tensors a file may hold either.
+        if name not in stored and twin in stored:
+            stored[name] = stored[twin]
+
+    def reader(weight: Weight) -> Callable[[np.dtype], np.ndarray]:
+        return lambda dtype: weight.read(lambda name: stored[name].read(), dtype)
+
+    whole = lambda weight: all(
+        name in stored and stored[name].shape == weight.tensor_shape and stored[name].dtype in FLOATS
+        for name in weight.tensors
+    )
+    return {weight.path: reader(weight) for weight in weights(family, shapes(model)) if whole(weight)}
 
 
 def drop_copies(copies: Mapping[str, str], wanted: set[str], stored: dict[str, Tensor]) -> list[str]:

@@ -17,8 +17,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from jlora.core import layouts
 from jlora.core.errors import complain
@@ -26,7 +24,9 @@ from jlora.core.layouts import AFFIXES, Layout
 from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, unbox
 from jlora.core.targets import Pattern, select
 from jlora.core.tree import adapter_leaf, is_wrapped, kernels
-from jlora.interop.files import staged
+from jlora.interop.changes import changed_leaves, readers
+from jlora.interop.families import FAMILIES
+from jlora.interop.huggingface import stored_leaves
 from jlora.interop.modules import (
     PLAIN,
     Names,
@@ -43,10 +43,11 @@ from jlora.interop.modules import (
     unfold_pair,
     whole_tensor,
 )
+from jlora.interop.patterns import PatternMatcher
+from jlora.interop.peft_files import CONFIG, misfit_fields, read_config_file, read_tensors, write_files
 from jlora.models.layers import check_choice
 from jlora.training.checkpoint import place
 
-CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 TARGETS = ("peft", "vllm")
 TASKS = {
@@ -61,13 +62,22 @@ LABELLED, CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
 # What changes the result and is not computed here.
 VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora"),
+    *("target_parameters", "use_bdlora", "use_dora", "use_qalora"),
 )
 # Initialisations that take something out of the base's own weights.
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# How the models call the tables and heads that have a row for each token.
+VOCABULARIES = {name.split(".")[-2] for family in FAMILIES.values() for pair in family.copies.items() for name in pair}
 # Keys may hold the adapter's name: lora_A.default.weight.
 FACTOR = re.compile(r"(?P<module>.+)\.lora_((?P<linear>[AB])(\.[^.]+)?\.weight|embedding_(?P<table>[AB])(\.[^.]+)?)")
-INFIX = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)(?=\.)")
+# What a module's own tensors may be named by besides.
+INFIX = re.compile(r"\.(token_adapter|base_layer)(?=\.)")
+# The adapter's name may follow, or what a module holds.
+SAVED, SAVED_AS = re.compile(r"\.modules_to_save(?=\.)"), re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
+ORIGINAL = re.compile(r"\.(original_module|trainable_tokens_original)(\.|$)")
+TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(\.[^.]+)?")
+# What stands before or within the names of a model that was compiled, sharded, or part of a larger one.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|language_model)\.")
 
 
 class Adapter(NamedTuple):
@@ -82,11 +92,41 @@ class Adapter(NamedTuple):
         return self.a.shape[1]
 
 
+class Trained(NamedTuple):
+    """How the leaves trained in full are written.
+
+    Args:
+        modules: PEFT's modules_to_save.
+        bases: adapted modules whose own weight is written as `base_layer`.
+        bias: PEFT's option: the biases of no modules ("none"), of the adapted ones ("lora_only") or of "all".
+    """
+
+    modules: list[str]
+    bases: list[str]
+    bias: str
+
+
 class Pair(NamedTuple):
     """The tensors of one module's adapter, by `lora_A` and so on; `written` is the module's name in the file."""
 
     written: str
     factors: dict[str, np.ndarray]
+
+
+class Contents(NamedTuple):
+    """The tensors of a file, by what they are.
+
+    Args:
+        pairs: adapters by module.
+        plain: tensors in full by name.
+        tokens: rows that replace those of a table, by module.
+        offenders: what can't be any of them.
+    """
+
+    pairs: dict[str, Pair]
+    plain: dict[str, np.ndarray]
+    tokens: dict[str, np.ndarray]
+    offenders: list[str]
 
 
 def save_peft(
@@ -95,7 +135,8 @@ def save_peft(
     params: Tree,
     *,
     target: str = "peft",
-    train: Pattern = (),
+    train: Pattern | None = None,
+    base: Tree | None = None,
     names: Names | None = None,
     layout: Mapping[str, Layout] | None = None,
     base_model: str | None = None,
@@ -125,7 +166,11 @@ def save_peft(
         params: a wrapped tree.
         target: "peft", or "vllm", which knows no patterns: ranks are padded with zeros to the largest, scalings folded
             into B in float32 at least, alpha is the rank.
-        train: leaves trained in full beside the adapters, as in `save_adapter`; their modules become modules_to_save.
+        train: leaves trained in full beside the adapters, as in `save_adapter`; None for those that differ from the
+            base. Their modules become modules_to_save, biases of adapted modules `bias="lora_only"` or "all", and an
+            embedding or head that has an adapter too is written as PEFT's `base_layer`.
+        base: the parameters before training, to find the leaves that differ; None to read them again from the folder
+            that `load_model` read. A tree of your own has no such folder: without `base`, `train` alone decides.
         names: for a tree of your own, the torch module or modules of each leaf by path, or a function of the path. A
             bias is found beside its kernel.
         layout: layouts by path or regular expression, as `wrap` takes them, for leaves of `train` with more than two
@@ -135,14 +180,18 @@ def save_peft(
         task_type: PEFT's; "auto" for what the model's head says.
 
     Raises:
-        ValueError: whatever the format can't express, all of it listed; nothing is written then.
+        ValueError: whatever the format can't express, and leaves that differ from the base but are not in `train`, all
+            of it listed; nothing is written then.
     """
     check_choice("save_peft", target=(target, TARGETS))
     told = kernels("save_peft", params)
     leaves = flatten(params)
-    base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
-    full = select("save_peft", train, base) if train else set()
-    table = make_table("save_peft", model, base, names, {**(layout or {}), **told}, {*told, *full})
+    plain = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
+    full = select("save_peft", train, plain) if train else set()
+    lost = changed_from_base(model, plain, base, required=train is None) - full
+    if train is None:
+        full, lost = lost, set()
+    table = make_table("save_peft", model, plain, names, {**(layout or {}), **told}, {*told, *full})
     turned = [
         f"{path!r} is wrapped with the layout {layout!r}, its own is {table.slots[path].layout!r}"
         for path, layout in told.items()
@@ -153,15 +202,20 @@ def save_peft(
         task_type = TASKS[model.head_type] if model is not None else None
         if target == "vllm" and task_type in LABELLED:
             task_type = None
-    saved = saved_modules(table, full, task_type)
-    offenders = [*table.offenders, *turned, *unsaveable(table, adapters, saved, target, task_type, dropout)]
+    whole = sort_trained(table, full, adapters, task_type)
+    offenders = [
+        *table.offenders,
+        *turned,
+        *(f"{path!r} differs from the base, and is not in train=" for path in left_out(table, lost, whole)),
+        *unsaveable(table, adapters, whole, target, task_type, dropout),
+    ]
     if offenders:
         problem = f"this can't become an adapter for {'PEFT' if target == 'peft' else 'vLLM'}."
         fix = "leave it out with targets= or train=, or correct names=; save_adapter keeps every tree."
         raise ValueError(complain("save_peft", problem, offenders, fix))
     if target == "vllm":
         adapters = uniform(adapters)
-    tensors = whole_tensors(table, base, saved)
+    tensors = whole_tensors(table, plain, whole, adapters)
     for module, adapter in adapters.items():
         tensors |= pair_tensors(table, module, adapter)
     origin = getattr(model, "origin", None)
@@ -169,24 +223,22 @@ def save_peft(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base_model or (origin.name if origin else None),
+        "revision": origin.revision if origin and base_model is None else None,
         "inference_mode": True,
         **ranks_and_alphas(adapters),
         "target_modules": target_modules(table, adapters),
         "use_rslora": False,
         "use_dora": False,
-        "bias": "none",
+        "bias": whole.bias,
         "fan_in_fan_out": any(table.modules[m][0].kind == "conv1d" for m in adapters if m in table.modules),
-        "modules_to_save": saved or None,
+        "modules_to_save": whole.modules or None,
         "lora_dropout": float(dropout),
         "init_lora_weights": True,
     }
     # PEFT knows tied heads by this name alone.
-    if "lm_head.weight" in table.copies and "lm_head" in {*adapters, *saved}:
+    if "lm_head.weight" in table.copies and "lm_head" in {*adapters, *whole.modules}:
         config["ensure_weight_tying"] = True
-    with staged(File(folder), last=CONFIG) as stage:
-        named = {PREFIX + name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        save_file(named, stage / TENSORS, metadata={"format": "pt"})
-        (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_files(File(folder), config, {PREFIX + name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
 def load_peft(
@@ -226,15 +278,19 @@ def load_peft(
         raise ValueError(complain("load_peft", "params is already wrapped.", [], fix))
     config, tensors = read_config(folder), read_tensors(folder)
     table = make_table("load_peft", model, base, names, layout or {}, None)
-    pairs, plain, offenders = sort_tensors(table, tensors)
+    pairs, plain, tokens, offenders = sort_tensors(table, tensors)
     adapters, wrong = read_adapters(table, config, pairs)
     offenders += table.offenders + wrong
     offenders += misfits(table, config, pairs, plain)
+    offenders += replace_rows(table, config, plain, tokens, base)
     if not offenders:
         offenders += untie(table, config, adapters, plain, base)
     if offenders:
         problem = f"the adapter in {str(folder)!r} does not fit the model."
-        raise ValueError(complain("load_peft", problem, offenders, "load the adapter onto the base it was trained on."))
+        fix, size = "load the adapter onto the base it was trained on.", vocabulary_size(table, pairs, plain)
+        if size is not None:
+            fix = f"load the base with as many tokens as the adapter's had: load_model(..., vocab_size={size})."
+        raise ValueError(complain("load_peft", problem, offenders, fix))
     layout = {path: slot.layout for path, slot in table.slots.items()}
     return put(params, trios(table, adapters, base), whole_leaves(table, plain, base), layout)
 
@@ -263,14 +319,63 @@ def trim(adapter: Adapter, least: int) -> Adapter:
     return Adapter(adapter.a[:, :rank], adapter.b[:rank], adapter.scaling)
 
 
-def saved_modules(table: Table, full: set[Path], task_type: str | None) -> list[str]:
-    """The modules that go into the file in full."""
-    chosen = {module for path in full if path in table.slots for module, _, _ in table.slots[path].parts()}
+def changed_from_base(
+    model: nn.Module | None, leaves: Mapping[Path, Any], base: Tree | None, required: bool
+) -> set[Path]:
+    """The leaves that differ from the base; none where there is no base to compare with.
+
+    Args:
+        model: as in `save_peft`.
+        leaves: the tree's, without adapters.
+        base: as in `save_peft`.
+        required: whether a base that can't be read is an error.
+
+    Raises:
+        ValueError: the folder that the model was loaded from can't be read.
+    """
+    if base is not None:
+        return changed_leaves(leaves, readers(flatten(base)))
+    folder = getattr(getattr(model, "origin", None), "folder", None)
+    if model is None or folder is None:
+        return set()
+    try:
+        stored = stored_leaves(model)
+    except (ValueError, OSError) as error:
+        if not required:
+            return set()
+        problem = f"the base in {folder!r} can't be read, so the leaves trained in full can't be found."
+        fix = "pass base=, the parameters before training, or train=."
+        raise ValueError(complain("save_peft", problem, [str(error).splitlines()[0]], fix)) from error
+    return changed_leaves(leaves, stored)
+
+
+def sort_trained(table: Table, full: set[Path], adapters: Mapping[str, Adapter], task_type: str | None) -> Trained:
+    """How the leaves trained in full go into the file."""
+    parts = [(module, table.slots[path]) for path in full if path in table.slots for module in modules_of(table, path)]
+    outputs = {module_of(copy) for copy in table.copies} | {"lm_head"}
+    has_form = lambda module, slot: slot.kind == "embedding" or (module in outputs and slot.tensor == "weight")
+    bases = {module for module, slot in parts if module in adapters and has_form(module, slot)}
+    chosen = {module for module, slot in parts if slot.tensor != "bias" and module not in bases}
     if task_type in LABELLED:
         paths = [module.split(".") for module in map(module_of, table.tensors)]
         chosen |= {".".join(path[: n + 1]) for path in paths for n, name in enumerate(path) if name in CLASSIFIERS}
+    biases = {module for module, slot in parts if slot.tensor == "bias" and not inside(f"{module}.bias", chosen)}
+    bias = "none" if biases.isdisjoint(adapters) else "lora_only" if biases <= adapters.keys() else "all"
+    # Biases beside no adapter are saved with their module, unless PEFT's "all" covers them.
+    chosen |= biases if bias == "none" else set()
     chosen |= {module_of(copy) for copy, source in table.copies.items() if inside(source, chosen)}
-    return sorted(module for module in chosen if not inside(module, chosen))
+    return Trained(sorted(module for module in chosen if not inside(module, chosen)), sorted(bases), bias)
+
+
+def left_out(table: Table, changed: set[Path], whole: Trained) -> list[Path]:
+    """The changed leaves that are not written with a module that is saved anyway, as a classifier is."""
+    saved = {slot.path for name, (slot, _, _) in table.tensors.items() if inside(name, whole.modules)}
+    return sorted(changed - saved)
+
+
+def modules_of(table: Table, path: Path) -> list[str]:
+    """The modules that hold a leaf."""
+    return [module for module, _, _ in table.slots[path].parts()]
 
 
 def inside(name: str, modules: Iterable[str]) -> bool:
@@ -281,17 +386,20 @@ def inside(name: str, modules: Iterable[str]) -> bool:
 def unsaveable(
     table: Table,
     adapters: Mapping[str, Adapter],
-    saved: Sequence[str],
+    whole: Trained,
     target: str,
     task_type: str | None,
     dropout: float,
 ) -> list[str]:
     """What the format can't express."""
-    offenders = []
+    offenders, saved = [], whole.modules
     always = f", always so for the task {task_type}" if task_type in LABELLED else ""
     for module, adapter in adapters.items():
         if module in saved or inside(module, saved):
-            offenders.append(f"{module!r} has an adapter and is saved in full{always}: PEFT takes one of the two")
+            offenders.append(
+                f"{module!r} has an adapter and is saved in full{always}: PEFT has either the adapter (target_modules) "
+                "or the whole module (modules_to_save)"
+            )
         if not np.isfinite(adapter.scaling):
             offenders.append(f"{module!r} has the scaling {adapter.scaling}")
     for module in dict.fromkeys(map(module_of, table.tensors)):
@@ -304,7 +412,11 @@ def unsaveable(
     if not 0 <= dropout < 1:
         offenders.append(f"dropout={dropout}: must be from 0 to below 1")
     if target == "vllm":
-        offenders += [f"{module!r} is trained in full, and vLLM takes no modules_to_save" for module in saved]
+        offenders += [
+            f"{module!r} is trained in full, and vLLM takes no modules_to_save" for module in [*saved, *whole.bases]
+        ]
+        if whole.bias != "none":
+            offenders.append(f"biases are trained (bias={whole.bias!r}), and vLLM takes none")
         slots = {module: slot for module, (slot, _, _) in table.modules.items() if module in adapters}
         for module, slot in slots.items():
             if slot.kind in ("conv", "embedding"):
@@ -337,12 +449,22 @@ def pair_tensors(table: Table, module: str, adapter: Adapter) -> dict[str, np.nd
     return {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
 
 
-def whole_tensors(table: Table, base: Mapping[Path, Any], modules: Iterable[str]) -> dict[str, np.ndarray]:
-    """The tensors of modules in full, tied ones repeated."""
-    wanted = {name: name for name in table.tensors} | table.copies
-    places = {name: table.tensors[source] for name, source in wanted.items() if inside(name, modules)}
-    matrices = {slot.path: fold(slot, base[slot.path]) for slot, _, _ in places.values()}
-    return {name: whole_tensor(slot, matrices[slot.path][layer][:, cut]) for name, (slot, layer, cut) in places.items()}
+def whole_tensors(
+    table: Table, leaves: Mapping[Path, Any], whole: Trained, adapters: Mapping[str, Adapter]
+) -> dict[str, np.ndarray]:
+    """The tensors that are saved in full, by the file's names; tied ones of modules_to_save are repeated."""
+    everything = {name: name for name in table.tensors} | table.copies
+    written = {name: name for name in everything if inside(name, whole.modules)}
+    written |= {f"{module}.weight": f"{module}.base_layer.weight" for module in whole.bases}
+    for name in table.tensors if whole.bias != "none" else ():
+        module, _, tensor = name.rpartition(".")
+        if tensor == "bias" and module in adapters:
+            written[name] = f"{module}.base_layer.bias"
+        elif tensor == "bias" and whole.bias == "all":
+            written[name] = name
+    places = {key: table.tensors[everything[name]] for name, key in written.items()}
+    matrices = {slot.path: fold(slot, leaves[slot.path]) for slot, _, _ in places.values()}
+    return {key: whole_tensor(slot, matrices[slot.path][layer][:, cut]) for key, (slot, layer, cut) in places.items()}
 
 
 def ranks_and_alphas(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
@@ -376,7 +498,8 @@ def target_modules(table: Table, adapters: Iterable[str]) -> list[str] | str:
         for n in range(len(path))
     }
     known |= adapted
-    reach = lambda names: {module for module in known if named_in(names, module)}
+    matcher = PatternMatcher("target_modules")
+    reach = lambda names: {module for module in known if named_in(names, module, matcher)}
     # Of a tree of the user's, torch may have more modules than are named here.
     short = sorted({module.rpartition(".")[2] for module in adapted})
     if table.complete and reach(short) == adapted:
@@ -384,10 +507,10 @@ def target_modules(table: Table, adapters: Iterable[str]) -> list[str] | str:
     return sorted(adapted) if reach(adapted) == adapted else "|".join(map(re.escape, sorted(adapted)))
 
 
-def named_in(names: str | Iterable[str], module: str) -> bool:
+def named_in(names: str | Iterable[str], module: str, matcher: PatternMatcher) -> bool:
     """PEFT's test of a module against target_modules or exclude_modules."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matcher.match(names, module, whole=True) is not None
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
@@ -397,16 +520,7 @@ def read_config(folder: File) -> dict[str, Any]:
     Raises:
         ValueError: none there, or one that asks for what is not computed here.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"an object was expected, not a {type(config).__name__}")
-    except FileNotFoundError:
-        fix = "pass the folder that PEFT's save_pretrained or jlora.save_peft wrote."
-        raise ValueError(complain("load_peft", f"{str(folder)!r} has no {CONFIG}.", [], fix)) from None
-    except ValueError as error:
-        problem = f"{str(folder / CONFIG)!r} is no JSON object."
-        raise ValueError(complain("load_peft", problem, [str(error)], "fetch the file again.")) from error
+    config = read_config_file(folder)
     offenders = [f"{name} = {json.dumps(config[name])}" for name in VARIANTS if config.get(name)]
     if config.get("peft_type") != "LORA":
         offenders.append(f"peft_type = {json.dumps(config.get('peft_type'))}, known: LORA")
@@ -414,12 +528,10 @@ def read_config(folder: File) -> dict[str, Any]:
     if isinstance(init, str) and init.startswith(CHANGED_BASE):
         offenders.append(
             f"init_lora_weights = {init!r}, which changed the base: save it from PEFT with "
-            "path_initial_model_for_weight_conversion, or write true there if params is the base as it was changed"
+            "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER), which makes it plain LoRA, or "
+            "write true there if params is the base as it was changed"
         )
-    # PEFT would take 8 for either.
-    for name, kinds in (("r", int), ("lora_alpha", int | float)):
-        if not isinstance(config.get(name), kinds):
-            offenders.append(f"{name} = {json.dumps(config.get(name))}, not a number")
+    offenders += misfit_fields(config)
     if offenders:
         problem = f"{str(folder / CONFIG)!r} asks for what is not computed here."
         raise ValueError(
@@ -428,44 +540,41 @@ def read_config(folder: File) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: File) -> dict[str, np.ndarray]:
-    """All tensors of the file.
-
-    Raises:
-        ValueError: none there, or a damaged one.
-    """
-    try:
-        return load_file(folder / TENSORS)
-    except FileNotFoundError:
-        offenders = [f"{PICKLE}  (a pickle can run any code when it is read)"] if (folder / PICKLE).is_file() else []
-        problem, fix = f"{str(folder)!r} has no {TENSORS}.", "save the adapter again with PEFT's save_pretrained."
-        raise ValueError(complain("load_peft", problem, offenders, fix)) from None
-    except SafetensorError as error:
-        problem = f"{str(folder / TENSORS)!r} is damaged."
-        raise ValueError(complain("load_peft", problem, [str(error)], "fetch the file again.")) from error
-
-
-def sort_tensors(
-    table: Table, tensors: Mapping[str, np.ndarray]
-) -> tuple[dict[str, Pair], dict[str, np.ndarray], list[str]]:
-    """The tensors of adapters by module, those in full by name, and what can't be either."""
+def sort_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> Contents:
+    """The tensors of a file by what they are."""
     pairs: dict[str, Pair] = {}
     plain: dict[str, np.ndarray] = {}
+    tokens: dict[str, np.ndarray] = {}
     offenders = []
+    group: dict[str, np.ndarray]
     for key, value in tensors.items():
         name = key.removeprefix(PREFIX)
+        if ORIGINAL.search(name):
+            # PEFT's copy of the base's own weights, which the adapter does not use.
+            continue
         if found := FACTOR.fullmatch(name):
             written, factor = found["module"], found["linear"] or found["table"]
-            pair = pairs.setdefault(module_of(table.spell(f"{written}.weight")), Pair(written, {}))
+            pair = pairs.setdefault(module_of(table_name(table, f"{written}.weight")), Pair(written, {}))
             group, name = pair.factors, f"lora_{'embedding_' if found['table'] else ''}{factor}"
+        elif found := TOKENS.fullmatch(name):
+            group, name = tokens, module_of(table_name(table, f"{found['module']}.weight"))
         else:
-            group, name = plain, table.spell(INFIX.sub("", name))
-        if name in group:
+            group, name = plain, table_name(table, INFIX.sub("", name))
+        if name in group and not (group is plain and np.array_equal(group[name], value)):
             offenders.append(f"{key!r} is there twice, under another spelling too")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             offenders.append(f"{key!r} is stored as {value.dtype}, not as floats")
         group[name] = value
-    return pairs, plain, offenders
+    return Contents(pairs, plain, tokens, offenders)
+
+
+def table_name(table: Table, name: str) -> str:
+    """A tensor's name as the table has it, without what wrapped the model or the module when it was saved."""
+    bare = WRAPPERS.sub("", name)
+    inner = bare.removeprefix("module.").removeprefix(PREFIX)
+    forms = [form for own in (name, bare, inner) for form in (own, SAVED.sub("", own), SAVED_AS.sub("", own))]
+    spelled = [table.spell(form) for form in dict.fromkeys(forms)]
+    return next((form for form in spelled if form in table.tensors or form in table.copies), spelled[-1])
 
 
 def read_adapters(
@@ -473,12 +582,13 @@ def read_adapters(
 ) -> tuple[dict[str, Adapter], list[str]]:
     """The adapters of a file, and what keeps others from being one."""
     places, adapters, offenders = table.modules, {}, []
+    ranks, alphas = PatternMatcher("rank_pattern"), PatternMatcher("alpha_pattern")
     heads = {module_of(c): table.tensors[source][0] for c, source in table.copies.items() if c.endswith(".weight")}
     for module, (written, factors) in pairs.items():
         if module not in places and module not in heads:
             offenders.append(f"{written!r} is no module of the model that can have an adapter")
             continue
-        rank = resolve(config, "rank_pattern", written, config["r"])
+        rank = resolve(config, ranks, written, config["r"])
         if module in places:
             slot, _, cut = places[module]
             wide = pair_shapes(slot, cut.stop - cut.start, rank)
@@ -499,27 +609,83 @@ def read_adapters(
         offenders += wrong
         if not wrong and wanted.keys() == factors.keys():
             a, b = (factors[name] for name in wanted)
-            scaling = resolve(config, "alpha_pattern", written, config["lora_alpha"])
+            scaling = resolve(config, alphas, written, config["lora_alpha"])
             scaling /= math.sqrt(rank) if config.get("use_rslora") else rank
             adapters[module] = Adapter(columns(slot, a), b.reshape(len(b), -1).T, np.float64(scaling))
     return adapters, offenders
 
 
-def resolve(config: Mapping[str, Any], pattern: str, module: str, default: Any) -> Any:
+def resolve(config: Mapping[str, Any], matcher: PatternMatcher, module: str, default: Any) -> Any:
     """A module's own rank or alpha: that of the first pattern that matches."""
-    patterns = config.get(pattern) or {}
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    patterns = config.get(matcher.field) or {}
+    return next((value for key, value in patterns.items() if matcher.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def vocabulary_size(table: Table, pairs: Mapping[str, Pair], plain: Mapping[str, np.ndarray]) -> int | None:
+    """The number of tokens that the adapter's base had, None where it is the model's or the file does not say."""
+    rows = {module_of(name): len(value) for name, value in plain.items() if value.ndim == 2}
+    for module, (_, factors) in pairs.items():
+        rows |= {module: factors[name].shape[-1] for name in ("lora_embedding_A",) if name in factors}
+        rows |= {module: len(factors[name]) for name in ("lora_B",) if name in factors}
+    places = {module: table.tensors.get(table.copies.get(f"{module}.weight", f"{module}.weight")) for module in rows}
+    sizes = {
+        rows[module]
+        for module, place in places.items()
+        if place and module.rpartition(".")[2] in VOCABULARIES and rows[module] != whole_shape(place)[0]
+    }
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def replace_rows(
+    table: Table,
+    config: Mapping[str, Any],
+    plain: dict[str, np.ndarray],
+    tokens: Mapping[str, np.ndarray],
+    base: Mapping[Path, Any],
+) -> list[str]:
+    """Puts the rows of `trainable_token_indices` into the tables of `plain`; what does not fit is named."""
+    chosen: Any = config.get("trainable_token_indices") or []
+    offenders = []
+    if chosen and not tokens:
+        offenders.append("trainable_token_indices are given, but the file has no trainable_tokens_delta")
+    for module, values in tokens.items():
+        name = f"{module}.weight"
+        place = table.tensors.get(table.copies.get(name, name))
+        ids = chosen
+        if isinstance(chosen, dict):
+            ids = next((ids for key, ids in chosen.items() if f".{module}".endswith(f".{key}")), [])
+        if place is None or place[0].kind not in ("embedding", "linear"):
+            offenders.append(f"{module!r} is no table of the model, but has trainable_tokens_delta")
+            continue
+        slot, layer, cut = place
+        size, width = whole_shape(place)
+        if values.shape != (len(ids), width) or any(index >= size for index in ids):
+            offenders.append(
+                f"{module!r} has trainable_tokens_delta {values.shape} for {len(ids)} token ids up to "
+                f"{max(ids, default=-1)}, the model a table of {(size, width)}"
+            )
+            continue
+        own = whole_tensor(slot, fold(slot, base[slot.path])[layer][:, cut])
+        rows = np.array(plain.get(name, own), np.promote_types(own.dtype, values.dtype))
+        rows[np.asarray(ids, int)] = values
+        plain[name] = rows
+        # PEFT ties the rows of a tied head to those of its table.
+        for copy, source in table.copies.items():
+            if source == name and module_of(copy) not in tokens:
+                plain[copy] = rows
+    return offenders
 
 
 def misfits(
     table: Table, config: Mapping[str, Any], pairs: Mapping[str, Pair], plain: Mapping[str, np.ndarray]
 ) -> list[str]:
     """What is missing in the file, and tensors in full that are not the model's."""
+    targets = PatternMatcher("target_modules, exclude_modules, layers_pattern or modules_to_save")
     offenders = [] if pairs else ["the file holds no lora_A and no lora_B"]
     offenders += [
         f"{module!r} is one of target_modules, but has no lora_A and lora_B"
         for module in table.modules
-        if pairs and module not in pairs and targeted(config, module)
+        if pairs and module not in pairs and targeted(config, module, targets)
     ]
     saved = tuple(config.get("modules_to_save") or ())
     parents = lambda name: (name[: dot.start()] for dot in re.finditer(r"\.", name))
@@ -542,19 +708,21 @@ def whole_shape(place: tuple[Slot, int, slice]) -> tuple[int, ...]:
     return whole_tensor(slot, np.empty((slot.fan_in, cut.stop - cut.start), bool)).shape
 
 
-def targeted(config: Mapping[str, Any], module: str) -> bool:
+def targeted(config: Mapping[str, Any], module: str, matcher: PatternMatcher) -> bool:
     """PEFT's test of whether a module gets an adapter."""
     names, saved = config.get("target_modules") or (), config.get("modules_to_save") or ()
-    if named_in(config.get("exclude_modules") or (), module):
+    if named_in(config.get("exclude_modules") or (), module, matcher):
         return False
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved) or not named_in(names, module):
+    if not named_in(names, module, matcher):
+        return False
+    if any(matcher.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
         return False
     layers = config.get("layers_to_transform")
     if isinstance(names, str) or module in names or layers in (None, []):
         return True
     pattern = config.get("layers_pattern") or r"[^.]*"
     patterns = [pattern] if isinstance(pattern, str) else pattern
-    found = next(filter(None, (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in patterns)), None)
+    found = next(filter(None, (matcher.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in patterns)), None)
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
@@ -638,15 +806,18 @@ def join_parts(parts: Sequence[Adapter | None], slot: Slot) -> Adapter | None:
 
 
 def whole_leaves(table: Table, plain: Mapping[str, np.ndarray], base: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
-    """The leaves that the file has values for; layers and parts that it has none for are the base's."""
+    """The leaves that the file has other values for; layers and parts that it has none for are the base's."""
     places = {name: table.tensors[name] for name in plain}
-    out = {slot.path: fold(slot, base[slot.path]).copy() for slot, _, _ in places.values()}
+    own = {slot.path: fold(slot, base[slot.path]) for slot, _, _ in places.values()}
+    out = {path: matrices.copy() for path, matrices in own.items()}
     for name, (slot, layer, cut) in places.items():
         value = plain[name]
         if slot.kind in ("linear", "conv"):
             value = columns(slot, value)
         out[slot.path][layer, :, cut] = value
-    return {path: unfold(table.slots[path], matrices) for path, matrices in out.items()}
+    # PEFT writes unchanged copies too: of adapted embeddings, and of whatever modules_to_save names.
+    changed = {path: matrices for path, matrices in out.items() if not np.array_equal(matrices, own[path])}
+    return {path: unfold(table.slots[path], matrices) for path, matrices in changed.items()}
 
 
 def put(

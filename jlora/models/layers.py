@@ -42,11 +42,15 @@ class Origin(NamedTuple):
         name: the folder, or the name on the hub.
         config: its config.json, as text.
         generation: its generation_config.json, None where it has none.
+        folder: the local folder that it was read from, None where there is none.
+        revision: the branch, tag or commit on the hub, None for the default branch or a local folder.
     """
 
     name: str
     config: str
     generation: str | None = None
+    folder: str | None = None
+    revision: str | None = None
 
 
 @struct.dataclass

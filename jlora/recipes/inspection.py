@@ -18,6 +18,7 @@ from jlora.interop import peft
 from jlora.interop.families import LABELLED
 from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json, shapes
 from jlora.interop.modules import Table
+from jlora.interop.patterns import PatternMatcher
 from jlora.interop.peft import CLASSIFIERS
 from jlora.recipes.config import read as read_job
 from jlora.recipes.runs import ADAPTER, CONFIG, load_run
@@ -345,7 +346,8 @@ def describe_peft(folder: File, spectrum: bool) -> Description:
         ValueError: files missing or damaged, an adapter of another kind, or half of a pair missing.
     """
     config, tensors = peft.read_config(folder), peft.read_tensors(folder)
-    pairs, plain, offenders = peft.sort_tensors(Table({}, {}, str, False, []), tensors)
+    pairs, plain, tokens, offenders = peft.sort_tensors(Table({}, {}, str, False, []), tensors)
+    alphas, whole = PatternMatcher("alpha_pattern"), plain | tokens
     offenders += [f"{module!r} has no second half" for module, pair in pairs.items() if len(pair.factors) != 2]
     if offenders:
         problem = f"the adapter in {folder} is damaged."
@@ -354,7 +356,7 @@ def describe_peft(folder: File, spectrum: bool) -> Description:
     for module, (written, factors) in pairs.items():
         a, b = (factors[name] for name in sorted(factors))
         rank = len(a)
-        alpha = peft.resolve(config, "alpha_pattern", written, config["lora_alpha"])
+        alpha = peft.resolve(config, alphas, written, config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         values = singular_values(a.reshape(rank, -1).T, b.reshape(-1, rank), np.asarray(scaling))
         targets.append(
@@ -377,7 +379,7 @@ def describe_peft(folder: File, spectrum: bool) -> Description:
         base_parameters=None,
         libraries={"peft": config["peft_version"]} if config.get("peft_version") else {},
         targets=tuple(targets),
-        whole=tuple(Whole(path=name, shape=value.shape, bytes=value.nbytes) for name, value in plain.items()),
+        whole=tuple(Whole(path=name, shape=value.shape, bytes=value.nbytes) for name, value in whole.items()),
     )
 
 
