@@ -625,8 +625,10 @@ def vocabulary_size(table: Table, pairs: Mapping[str, Pair], plain: Mapping[str,
     """The number of tokens that the adapter's base had, None where it is the model's or the file does not say."""
     rows = {module_of(name): len(value) for name, value in plain.items() if value.ndim == 2}
     for module, (_, factors) in pairs.items():
-        rows |= {module: factors[name].shape[-1] for name in ("lora_embedding_A",) if name in factors}
-        rows |= {module: len(factors[name]) for name in ("lora_B",) if name in factors}
+        if "lora_embedding_A" in factors:
+            rows[module] = factors["lora_embedding_A"].shape[-1]
+        elif "lora_B" in factors:
+            rows[module] = len(factors["lora_B"])
     places = {module: table.tensors.get(table.copies.get(f"{module}.weight", f"{module}.weight")) for module in rows}
     sizes = {
         rows[module]
