@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -353,6 +354,60 @@ def test_loading_without_torch_is_complete_and_silent(tmp_path):
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def quantized(kind, value):
+    """What a tool stores in the place of a weight, by the end of its name; None where it stores the weight."""
+    size, rows = value.size, len(value)
+    packed = {"qweight": np.zeros((size // 8,), np.int32), "scales": np.zeros(rows, np.float16)}
+    return {
+        "bitsandbytes 4": {
+            "weight": np.zeros((size // 2, 1), np.uint8),
+            "weight.absmax": np.zeros(size // 8, np.float32),
+            "weight.quant_map": np.zeros(16, np.float32),
+            "weight.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8),
+        },
+        "bitsandbytes 8": {"weight": value.astype(np.int8), "SCB": np.zeros(rows, np.float32)},
+        "gptq": packed | {"qzeros": np.zeros(rows, np.int32), "g_idx": np.zeros(rows, np.int32)},
+        "awq": packed | {"qzeros": np.zeros(rows, np.int32)},
+        "compressed-tensors": {
+            "weight_packed": np.zeros((rows, 2), np.int32),
+            "weight_scale": np.zeros(rows, np.float32),
+            "weight_shape": np.zeros(2, np.int64),
+        },
+        "fp8": {"weight": value.astype(jnp.float8_e4m3fn), "weight_scale_inv": np.zeros((1, 1), np.float32)},
+    }[kind]
+
+
+QUANTIZED = {
+    "bitsandbytes 4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"bitsandbytes \(4 bits\)"),
+    "bitsandbytes 8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes \(8 bits\)"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, r"gptq \(4 bits\)"),
+    "awq": ({"quant_method": "awq", "bits": 4, "version": "gemm"}, r"awq \(4 bits\)"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "config_groups": {}}, "compressed-tensors"),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_quantized_weights_are_one_line_that_names_the_method(kind, named, tmp_path):
+    config, method = QUANTIZED[kind]
+    plain, stored = tensors(), {}
+    for name, value in plain.items():
+        if ".layer." in name and value.ndim == 2:
+            module = name.removesuffix(".weight")
+            stored |= {f"{module}.{part}": array for part, array in quantized(kind, value).items()}
+        else:
+            stored[name] = value
+    found = message(write(tmp_path, stored, **({"quantization_config": config} if named else {})))
+    guess = {"gptq": "GPTQ or AWQ", "awq": "GPTQ or AWQ"}.get(kind, kind.split()[0])
+    assert re.match(rf"load_model: the weights in '.*' are quantized by {method if named else guess}, which", found)
+    assert len(found.splitlines()) == 2 and "\nFix: take the checkpoint that they were quantized from" in found
+    # A config that is left over from quantization changes nothing of plain weights.
+    equal(load_model(write(tmp_path, plain, quantization_config=config)).params, plain)
+    del plain["bert.encoder.layer.0.intermediate.dense.weight"]
+    assert "'bert.encoder.layer.0.intermediate.dense.weight' is missing" in message(write(tmp_path, plain))
 
 
 class Hub(BaseHTTPRequestHandler):

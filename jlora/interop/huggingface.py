@@ -27,6 +27,7 @@ from jlora.core.tree import is_wrapped, merge
 from jlora.interop.families import FAMILIES, LABELLED, Family, Weight, family_of, weights
 from jlora.interop.files import staged
 from jlora.interop.formats import find_shards, missing_config, missing_weights, not_a_folder, unknown_model
+from jlora.interop.quantized import find_quantization
 from jlora.models.bert import Bert
 from jlora.models.layers import Origin
 
@@ -427,6 +428,7 @@ def read_params(
     table = [weight for weight in table if weight.path not in new]
     offenders += misfits(family, table, stored)
     if offenders:
+        check_quantization(folder, family, stored)
         problem = f"{count(len(offenders), 'tensor')} in {str(folder)!r} and the model do not fit."
         fix = "take the checkpoint that belongs to config.json; labels= or num_labels= adds a head it lacks."
         if any("'bert.pooler." in offender for offender in offenders):
@@ -467,6 +469,20 @@ def stored_leaves(model: nn.Module) -> dict[str, Callable[[np.dtype], np.ndarray
         for name in weight.tensors
     )
     return {weight.path: reader(weight) for weight in weights(family, shapes(model)) if whole(weight)}
+
+
+def check_quantization(folder: Path, family: Family, stored: Mapping[str, Tensor]) -> None:
+    """Raises where the stored tensors are quantized weights."""
+    unread = lambda name: any(re.fullmatch(pattern, name) for pattern in family.unread)
+    dtypes = {name: tensor.dtype for name, tensor in stored.items() if not unread(name)}
+    method = find_quantization(folder, dtypes)
+    if method is not None:
+        problem = f"the weights in {str(folder)!r} are quantized by {method}, which jlora does not read."
+        fix = (
+            "take the checkpoint that they were quantized from, or write one with transformers: "
+            "from_pretrained(FOLDER).dequantize(), then save_pretrained(OUT)."
+        )
+        raise ValueError(complain("load_model", problem, (), fix))
 
 
 def drop_copies(copies: Mapping[str, str], wanted: set[str], stored: dict[str, Tensor]) -> list[str]:
