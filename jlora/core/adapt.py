@@ -13,9 +13,9 @@ from jlora.core import layouts, versions
 from jlora.core.control import evaluate
 from jlora.core.errors import complain, count
 from jlora.core.layouts import Layout
-from jlora.core.paths import Path, Tree, children, flatten, map_with_path
+from jlora.core.paths import Path, Tree, map_with_path, read_arrays, refuse_same_paths
 from jlora.core.rules import Adapted, Context
-from jlora.core.tree import drop_adapters, is_wrapped, kernels, replace_kernels
+from jlora.core.tree import check_names, drop_adapters, has_adapter, kernels, replace_kernels
 
 # Traces kept for one adapted function: enough for every bucket of lengths, and an end to the arrays fn closed over.
 TRACES = 128
@@ -176,14 +176,14 @@ def _evaluate(context: Context, fn: Callable[[Any], Any], inputs: Any) -> tuple[
 
 def _adapted_inputs(tree: Tree) -> Tree:
     """The arguments with every wrapped kernel an `Adapted`, and no adapter leaves."""
-    wrapped = lambda node: is_wrapped(map(str, children(node) or ()))
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=wrapped)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=has_adapter)
     # All of them are checked as one tree, so that one error lists every adapter that does not fit.
-    places = {n: _path(keys) for n, (keys, leaf) in enumerate(leaves) if wrapped(leaf)}
+    places = {n: _path(keys) for n, (keys, leaf) in enumerate(leaves) if has_adapter(leaf)}
     if not places:
         return tree
     twice = len(set(places.values())) < len(places)
     names = {n: _path(leaves[n][0], whole=twice) for n in places}
+    refuse_same_paths("adapt", names.values())
     nodes = {name: leaves[n][1] for n, name in names.items()}
     told = kernels("adapt", nodes)
     adapted = replace_kernels(nodes, told, lambda path, kernel, a, b: _adapted(kernel, (a, b), path))
@@ -214,6 +214,9 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path,
       `v` the rows of a table that is looked up. A leaf read in several ways has the layout of the first, and is a
       table if any of them is a lookup; one whose axes can't be told apart is left out.
     """
+    given = read_arrays("infer_layout", params)
+    check_names("infer_layout", given)
+    shapes = {path: tuple(value.shape) for path, value in given.items()}
     context = Context()
 
     def look(params: Tree, args: Any) -> list[Any]:
@@ -228,7 +231,6 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path,
     fixed = {n for n, _ in statics}
     arrays = [x for n, x in enumerate(leaves) if n not in fixed]
     jax.eval_shape(lambda *arrays: look(*_Leaves(treedef, statics).tree(arrays)), *arrays)
-    shapes = {path: tuple(value.shape) for path, value in flatten(params).items()}
     usable = [(path, layout) for path, layout in context.reads if layouts.valid(layout, shapes[path])]
     # The first read counts, but a lookup tells more than any product does: a tied table is a table.
     usable.sort(key=lambda read: "v" not in read[1])

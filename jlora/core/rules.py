@@ -426,33 +426,43 @@ def _conv(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
     context.read(w, ["o" if n == out else "i" for n in range(w.kernel.ndim)])
     if w.pair is None:
         return [y]
-    wide = [n for n in range(w.kernel.ndim) if w.kernel.shape[n] > 1]
+    wide = [n for n in range(w.kernel.ndim) if w.kernel.shape[n] != 1]
     axes = [{n for n in wide if _present(f, w)[n]} for f in w.pair]
     x = _for_a(context, x, w, y)
     for (a, in_a), (b, in_b) in itertools.permutations(zip(w.pair, axes, strict=True)):
         if how.batch_groups == 1 and in_b <= {out} and out not in in_a:
-            return [y + _conv_then_mix(x, a.astype(x.dtype), b.astype(x.dtype), how).astype(y.dtype)]
+            a, b = _split_axis(a, b, out, w, x.dtype)
+            return [y + _conv_then_mix(x, a, b, how).astype(y.dtype)]
         if how.batch_groups == how.groups == 1 and in_b <= {inner} and inner not in in_a:
-            return [y + _mix_then_conv(x, a.astype(x.dtype), b.astype(x.dtype), how).astype(y.dtype)]
+            a, b = _split_axis(a, b, inner, w, x.dtype)
+            return [y + _mix_then_conv(x, a, b, how).astype(y.dtype)]
     return otherwise(context, equation, values)
 
 
-def _conv_then_mix(x: Any, a: Factor, b: Factor, how: versions.Conv) -> Any:
+def _split_axis(a: Factor, b: Factor, axis: int, w: Adapted, dtype: Any) -> tuple[Factor, Float[Array, "size rank"]]:
+    """a with every axis of the kernel but one, b with that one alone; axes that a view broadcast are laid out."""
+    sizes = w.kernel.shape
+    a = jnp.broadcast_to(a, [*(1 if n == axis else size for n, size in enumerate(sizes)), a.shape[-1]])
+    b = jnp.broadcast_to(b.reshape(b.shape[axis], b.shape[-1]), (sizes[axis], b.shape[-1]))
+    return a.astype(dtype), b.astype(dtype)
+
+
+def _conv_then_mix(x: Any, a: Factor, b: Float[Array, "out rank"], how: versions.Conv) -> Any:
     out, features, groups = how.rhs_spec[0], how.out_spec[1], how.groups
     kernel = jnp.moveaxis(jnp.squeeze(a, out), -1, out)
     # Every group reads its own channels through the same A.
     kernel = jnp.tile(kernel, [groups if n == out else 1 for n in range(kernel.ndim)])
     narrow = jax.lax.conv_general_dilated(x, kernel, feature_group_count=groups, **how.options)
     narrow = jnp.moveaxis(narrow, features, -1)
+    # All sizes are written out: -1 has no meaning where the batch is empty.
     narrow = narrow.reshape(*narrow.shape[:-1], groups, a.shape[-1])
-    b = b.reshape(groups, -1, b.shape[-1])
-    y = jnp.einsum("...gr,gor->...go", narrow, b, precision=how.options["precision"])
-    return jnp.moveaxis(y.reshape(*y.shape[:-2], -1), -1, features)
+    per_group = b.reshape(groups, len(b) // groups, b.shape[-1])
+    y = jnp.einsum("...gr,gor->...go", narrow, per_group, precision=how.options["precision"])
+    return jnp.moveaxis(y.reshape(*y.shape[:-2], len(b)), -1, features)
 
 
-def _mix_then_conv(x: Any, a: Factor, b: Factor, how: versions.Conv) -> Any:
+def _mix_then_conv(x: Any, a: Factor, b: Float[Array, "inner rank"], how: versions.Conv) -> Any:
     inner, features = how.rhs_spec[1], how.lhs_spec[1]
-    b = b.reshape(-1, b.shape[-1])
     narrow = jnp.tensordot(x, b, axes=([features], [0]), precision=how.options["precision"])
     kernel = jnp.moveaxis(jnp.squeeze(a, inner), -1, inner)
     return jax.lax.conv_general_dilated(jnp.moveaxis(narrow, -1, features), kernel, **how.options)

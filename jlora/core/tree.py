@@ -2,6 +2,7 @@
 
 import math
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,14 +14,18 @@ from jlora.core import layouts
 from jlora.core.errors import complain, count, nearest, quoted
 from jlora.core.layouts import AFFIXES, A, B, Layout
 from jlora.core.paths import (
+    AS_DICT,
     Path,
     Tree,
     box,
+    children,
     edit,
     flatten,
     join_path,
     map_with_path,
     partition,
+    places,
+    read_arrays,
     unbox,
     union,
 )
@@ -57,7 +62,8 @@ def wrap(
                    "bias": f32[128]}}
 
     Args:
-      params: nested mappings of arrays, concrete or abstract (`jax.eval_shape`).
+      params: nested mappings of arrays, concrete or abstract (`jax.eval_shape`). Lists, tuples and objects of classes
+        registered with JAX may be among the containers, but a kernel to wrap must be in a mapping.
       rank: columns of A and rows of B, from 1 to the smaller of a kernel's in and out sizes.
       alpha: the update is scaled by alpha / rank. None means alpha = rank, that is a scaling of 1.
       targets: a string is a regular expression that must match a whole slash path; a list holds names of modules or
@@ -78,20 +84,21 @@ def wrap(
       adapter are float32, else they have the kernel's dtype.
 
     Raises:
-      ValueError: an empty tree, one already wrapped, a target that matches nothing, a kernel whose layout can't be
-        told, integer kernels, a rank or alpha out of range.
+      ValueError: an empty tree, one already wrapped, arrays with one path, a target that matches nothing, a kernel
+        that no leaf can be put beside, or whose layout is unknown, integer kernels, a rank or alpha out of range.
+      TypeError: `params` is not a tree, a rank is not an int.
 
     Source:
       Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
-    leaves = flatten(params)
+    leaves = read_arrays("wrap", params)
     _check_unwrapped("wrap", leaves)
-    if not leaves:
-        raise ValueError(complain("wrap", "the tree has no arrays.", [], "pass the model's parameters."))
+    check_names("wrap", leaves)
     given = _given(leaves, layout or {})
     told = _layouts(leaves, given)
     chosen = _choose(leaves, targets, None if layout is None else given)
     _check_kernels(leaves, chosen, told)
+    _check_room(params, chosen)
     limits = {path: layouts.max_rank(tuple(leaves[path].shape), told[path]) for path in chosen}
     caps = limits if cap_rank else {}
     rules = {path: _complete(rule, rank, alpha, caps.get(path)) for path, rule in chosen.items()}
@@ -115,13 +122,36 @@ def wrap(
                     out[f"{name}{affix}"] = box(node, value, ax)
         return out
 
-    wrapped = edit(params, change)
-    placed = flatten(wrapped)
-    lost = [repr(path) for path in rules if f"{path}{A}" not in placed]
-    if lost:
-        problem = f"{count(len(lost), 'kernel')} directly in a list or tuple, where nothing can stand beside it."
-        raise ValueError(complain("wrap", problem, lost, "put it in a dict, or leave it out with targets=."))
-    return wrapped
+    return edit(params, change)
+
+
+def _check_room(params: Tree, paths: Iterable[Path]) -> None:
+    """Raises where the leaves of an adapter can't be put beside a kernel."""
+    every = places(params)
+    found = {path: every.get(path, (None, path)) for path in paths}
+    fixed = [f"{p!r}  in a {type(c).__name__}" for p, (c, _) in found.items() if not isinstance(c, Mapping)]
+    if fixed:
+        problem = f"{count(len(fixed), 'kernel')} directly in a list or tuple, or in an object with fixed fields."
+        fix = f"put it in a dict, leave it out with targets=, or {AS_DICT}"
+        raise ValueError(complain("wrap", problem, fixed, fix))
+    taken = [
+        f"{path!r}  beside {f'{name}{affix}'!r}"
+        for path, (container, name) in found.items()
+        for affix in AFFIXES
+        if f"{name}{affix}" in container
+    ]
+    if taken:
+        problem = f"{count(len(taken), 'name')} for an adapter's leaves already in use."
+        raise ValueError(complain("wrap", problem, taken, "rename the module, or leave the kernel out with targets=."))
+    # JAX sorts the keys of all mappings but OrderedDict, and a number has no place among strings.
+    numbers = [
+        f"{path!r}  under the key {name!r}"
+        for path, (container, name) in found.items()
+        if not isinstance(name, str) and not isinstance(container, OrderedDict)
+    ]
+    if numbers:
+        problem = f"{count(len(numbers), 'kernel')} under a key that is not a string."
+        raise ValueError(complain("wrap", problem, numbers, "rename the key, or leave it out with targets=."))
 
 
 def _key_of(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
@@ -271,16 +301,27 @@ def _check_ranks(rules: Mapping[Path, _Size], leaves: Mapping[Path, Any], most: 
 
 
 def adapter_leaf(path: Path) -> bool:
-    """Whether a path is a leaf of an adapter: A, B or scaling."""
+    """Whether the path of an array is that of an adapter's leaf: A, B or scaling."""
     return path.endswith(AFFIXES)
 
 
 def is_wrapped(leaves: Iterable[Path]) -> bool:
+    """Whether any of the paths of a tree's arrays is that of an adapter's leaf."""
     return any(adapter_leaf(path) for path in leaves)
 
 
+def has_adapter(node: Tree) -> bool:
+    """Whether a container holds leaves of an adapter itself, not in containers inside it."""
+    return any(_is_adapter_leaf(name, child) for name, child in (children(node) or {}).items())
+
+
+def _is_adapter_leaf(name: Any, node: Tree) -> bool:
+    """Whether a named child of a container is an adapter's leaf; a module of such a name is not."""
+    return adapter_leaf(str(name)) and children(node) is None
+
+
 def _check_unwrapped(who: str, leaves: Mapping[Path, Any]) -> None:
-    found = [repr(path) for path in leaves if path.endswith(A)]
+    found = [repr(stem) for stem in _stems(leaves) if stem in leaves]
     if found:
         raise ValueError(
             complain(
@@ -292,16 +333,40 @@ def _check_unwrapped(who: str, leaves: Mapping[Path, Any]) -> None:
         )
 
 
+def check_names(who: str, leaves: Mapping[Path, Any]) -> None:
+    """Raises where an array of a base has the name of an adapter's leaf, without a kernel that it could belong to.
+
+    Raises:
+      ValueError: all such arrays are listed.
+    """
+    alone = [repr(path) for stem, paths in _stems(leaves).items() if stem not in leaves for path in paths]
+    if alone:
+        problem = f"{count(len(alone), 'array')} of the base with the name of an adapter's leaf, and no kernel for it."
+        raise ValueError(complain(who, problem, alone, f"rename what ends in {', '.join(AFFIXES)}."))
+
+
+def _stems(leaves: Iterable[Path]) -> dict[Path, list[Path]]:
+    """The paths of adapters' leaves by the path of their kernel, whether it is there or not."""
+    found: dict[Path, list[Path]] = {}
+    for path in leaves:
+        for affix in AFFIXES:
+            if path.endswith(affix):
+                found.setdefault(path.removesuffix(affix), []).append(path)
+    return found
+
+
 def kernels(who: str, params: Tree) -> dict[Path, Layout]:
     """The wrapped kernels of a tree with their layouts, in the tree's order.
 
     Raises:
-      ValueError: no adapter in the tree, one whose leaves are not complete, or whose shapes don't fit its kernel.
+      TypeError: `params` is not a tree.
+      ValueError: no adapter in the tree, one whose leaves are not complete, or whose shapes don't fit its kernel, or
+        arrays with one path.
     """
-    leaves = flatten(params)
+    leaves = read_arrays(who, params)
     if not is_wrapped(leaves):
         raise ValueError(complain(who, "the tree has no adapter.", [], "wrap it first: jlora.wrap(params)."))
-    stems = {path[: -len(affix)]: None for path in leaves for affix in AFFIXES if path.endswith(affix)}
+    stems = _stems(leaves)
     found = {stem: _layout_of(stem, leaves) for stem in (*(path for path in leaves if path in stems), *stems)}
     wrong = [_misfit(stem, leaves) for stem, layout in found.items() if layout is None]
     if wrong:
@@ -334,7 +399,7 @@ def replace_kernels(params: Tree, told: Mapping[Path, Layout], new: Replace) -> 
     """Drops the adapters and puts `new(path, kernel, a, b)`, of the aligned pair, in each kernel's place."""
 
     def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
-        out = {name: node for name, node in nodes.items() if not adapter_leaf(str(name))}
+        out = {name: node for name, node in nodes.items() if not _is_adapter_leaf(name, node)}
         for name, node in out.items():
             where = join_path(path, name)
             if where in told:
@@ -358,7 +423,7 @@ def unwrap(params: Tree) -> Tree:
 
 def drop_adapters(params: Tree) -> Tree:
     """The tree without adapter leaves, whether it has any or not."""
-    return edit(params, lambda _, nodes: {n: node for n, node in nodes.items() if not adapter_leaf(str(n))})
+    return edit(params, lambda _, nodes: {n: node for n, node in nodes.items() if not _is_adapter_leaf(n, node)})
 
 
 def merge(params: Tree) -> Tree:
@@ -428,11 +493,15 @@ def split(params: Tree, train: Pattern = ()) -> tuple[Tree, Tree]:
 
 
 def join(adapters: Tree, base: Tree) -> Tree:
-    """Glues the two halves of a `split` together again.
+    """Joins the two halves of a `split` again.
 
     Raises:
-      ValueError: a leaf stands on both sides.
+      TypeError: a half is not a tree.
+      ValueError: a leaf is on both sides.
     """
+    for name, half in (("adapters", adapters), ("base", base)):
+        if children(half) is None:
+            raise TypeError(complain("join", f"{name} is not a tree of arrays.", [], "pass jlora.split(params)."))
     return union(adapters, base)
 
 
@@ -453,9 +522,10 @@ def attach(adapter: Tree, base_params: Tree) -> Tree:
       ValueError: the base already has an adapter, or lacks a kernel that the adapter was made for, or has it in
         another shape; all such kernels are listed.
     """
-    base = flatten(base_params)
+    base = read_arrays("attach", base_params, "base_params")
     _check_unwrapped("attach", base)
-    stems = {path[: -len(A)] for path in flatten(adapter) if path.endswith(A)}
+    check_names("attach", base)
+    stems = {path[: -len(A)] for path in read_arrays("attach", adapter, "adapter") if path.endswith(A)}
     lost = [f"{stem!r}  nearest: {quoted(nearest(stem, base, 1))}" for stem in sorted(stems - set(base))]
     if lost:
         raise ValueError(
