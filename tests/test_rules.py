@@ -101,7 +101,9 @@ def test_a_convolution_equals_that_of_the_merged_kernel_or_is_refused_by_name(se
             both = jax.jit(lambda: (gradients(adapt(program)), gradients(lambda p, x: program(merge(p), x))))()
         except ValueError as error:
             assert not program.is_split
-            assert str(error).startswith("adapt: 1 use of an adapted kernel with no low-rank form.\n  'kernel' in `conv")
+            assert str(error).startswith(
+                "adapt: 1 use of an adapted kernel with no low-rank form.\n  'kernel' in `conv"
+            )
             return
         for one, other in zip(*map(jax.tree.leaves, both), strict=True):
             assert one.shape == other.shape

@@ -86,7 +86,7 @@ def rebuild(like: Tree, nodes: Mapping[Any, Tree]) -> Tree:
     if new_names:
         problem = f"a {type(like).__name__} can't take {count(len(new_names), 'new leaf', 'new leaves')}."
         raise ValueError(complain("jlora", problem, new_names, AS_DICT))
-    items = [nodes.get(name) for name in names]
+    items: list[Any] = [nodes.get(name) for name in names]
     if isinstance(like, list | tuple):
         return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
     return jax.tree.unflatten(_one_level(like)[1], items)
@@ -157,7 +157,9 @@ def refuse_same_paths(who: str, paths: Iterable[Path]) -> None:
     """
     same = [f"{path!r}  {number} arrays" for path, number in Counter(paths).items() if number > 1]
     if same:
-        problem = f"{count(len(same), 'slash path')} of the tree {'names' if len(same) == 1 else 'name'} several arrays."
+        problem = (
+            f"{count(len(same), 'slash path')} of the tree {'names' if len(same) == 1 else 'name'} several arrays."
+        )
         fix = 'rename keys: "a/b" beside "a" -> "b", or 0 beside "0", have one path.'
         raise ValueError(complain(who, problem, same, fix))
 

@@ -440,7 +440,7 @@ def _conv(context: Context, equation: Equation, values: list[Any]) -> list[Any]:
 
 
 def _split_axis(a: Factor, b: Factor, axis: int, w: Adapted, dtype: Any) -> tuple[Factor, Float[Array, "size rank"]]:
-    """a with every axis of the kernel but one, b with that one alone; axes that a view broadcast are laid out."""
+    """The pair with every axis of the kernel but one in a, and that one alone in b; broadcast axes are laid out."""
     sizes = w.kernel.shape
     a = jnp.broadcast_to(a, [*(1 if n == axis else size for n, size in enumerate(sizes)), a.shape[-1]])
     b = jnp.broadcast_to(b.reshape(b.shape[axis], b.shape[-1]), (sizes[axis], b.shape[-1]))

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from jlora.core import layouts
 from jlora.core.errors import complain, count, nearest, quoted
 from jlora.core.layouts import AFFIXES, A, B, Layout
-from jlora.core.paths import Path, Tree, flatten, map_with_path
+from jlora.core.paths import Path, Tree, flatten, map_with_path, read_arrays
 from jlora.core.targets import check_matches, matcher, parts
 from jlora.core.tree import kernels, with_ranks
 
@@ -97,7 +97,7 @@ def spectrum(params: Tree, *, overlap: bool = False) -> dict[Path, Spectrum]:
     Source:
       Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3.
     """
-    leaves, found = flatten(params), {}
+    leaves, found = flatten(params, "spectrum"), {}
     for path, (trio, layout) in _trios("spectrum", params).items():
         found[path] = Spectrum(
             singular_values=singular_values(*matrices(trio, layout)),
@@ -327,7 +327,7 @@ def gradient_norms(grads: Tree) -> dict[Path, float]:
       ValueError: the tree has no gradient of an adapter.
     """
     squares: dict[Path, float] = {}
-    for path, leaf in flatten(grads).items():
+    for path, leaf in read_arrays("gradient_norms", grads, "grads").items():
         stem = next((path[: -len(affix)] for affix in (A, B) if path.endswith(affix)), None)
         if stem is not None:
             squares[stem] = squares.get(stem, 0.0) + float(np.square(np.asarray(leaf).astype(np.float64)).sum())

@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora.core import layouts
 from jlora.core.errors import complain, count
 from jlora.core.layouts import AFFIXES, A
-from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, unbox
+from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, read_arrays, unbox
 from jlora.core.targets import Pattern
 from jlora.core.tree import adapter_leaf, is_wrapped, kernels, split
 
@@ -123,7 +123,7 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
         is already wrapped or not the one the adapter was trained on, with the leaves or settings that differ; a name
         of `folder` that Orbax can't read.
     """
-    base = flatten(base_params)
+    base = read_arrays("restore_adapter", base_params, "base_params")
     if is_wrapped(base):
         raise _refuse("base_params is already wrapped.", "pass the tree before wrap, or jlora.unwrap(params).")
 
