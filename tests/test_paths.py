@@ -189,7 +189,7 @@ def test_two_arrays_of_one_path_are_refused_by_every_function_that_reads_a_tree(
         for name in ("merge", "unwrap", "split", "extract", "mask", "summary", "spectrum")
     }
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"^{name}: 1 slash path of the tree names several arrays") as caught:
+        with pytest.raises(ValueError, match=f"^{name}: 1 slash path of the tree with several arrays") as caught:
             call()
         assert f"\n  {path!r}  2 arrays\nFix: " in str(caught.value)
     assert not (tmp_path / "new").exists()
