@@ -157,9 +157,7 @@ def refuse_same_paths(who: str, paths: Iterable[Path]) -> None:
     """
     same = [f"{path!r}  {number} arrays" for path, number in Counter(paths).items() if number > 1]
     if same:
-        problem = (
-            f"{count(len(same), 'slash path')} of the tree {'names' if len(same) == 1 else 'name'} several arrays."
-        )
+        problem = f"{count(len(same), 'slash path')} of the tree with several arrays."
         fix = 'rename keys: "a/b" beside "a" -> "b", or 0 beside "0", have one path.'
         raise ValueError(complain(who, problem, same, fix))
 
