@@ -597,7 +597,8 @@ CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": 
 TOOL = {"type": "function", "function": {"name": "add", "description": "", "parameters": {"type": "object"}}}
 
 
-def test_calls_of_tools_and_weights_are_read(write):
+def test_calls_of_tools_and_weights_are_read(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     calls = [
         TURNS[1],
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -611,6 +612,11 @@ def test_calls_of_tools_and_weights_are_read(write):
     # A string of JSON, as OpenAI's files have it, is the same.
     path = write(a=[{"messages": calls, "tools": [TOOL]}, {"messages": written, "tools": json.dumps([TOOL])}])["a"]
     assert bare(read_records(path, "instruction")) == [Chat(expected, "", (TOOL,))] * 2
+    # Parquet gives every call the arguments of all: what one lacks is null in it.
+    other = {"type": "function", "id": "2", "function": {"name": "neg", "arguments": {"z": 1}}}
+    chats = [[TURNS[1], {"role": "assistant", "tool_calls": [call]}] for call in (CALL, other)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat} for chat in chats]), "b.parquet")
+    assert bare(read_records("b.parquet", "instruction")) == [Chat(tuple(chat)) for chat in chats]
     path = write(a=[{"messages": [TURNS[1] | {"weight": 0}, TURNS[2] | {"weight": 1}], "tools": None}])["a"]
     assert bare(read_records(path, "instruction")) == [Chat(tuple(TURNS[1:]))]
 

@@ -46,7 +46,7 @@ def hold_out(corpus: Corpus, fraction: float, seed: int) -> Corpus:
     if not chosen:
         problem = f"{count(len(records), 'record')} can't be divided between training and validation."
         reason = [] if wanted >= len(records) else ["every one is of a text or a label that training would lack"]
-        fix = "add records, lower data.holdout, or name a file in data.validation."
+        fix = "add records, lower data.holdout, or set data.validation: a file, or false to train without."
         raise ValueError(complain("data", problem, reason, fix))
     train, validation = ([record for n, record in enumerate(records) if (n in chosen) == out] for out in (False, True))
     return corpus._replace(splits={**corpus.splits, "train": train, "validation": validation})

@@ -236,12 +236,14 @@ class Schema(NamedTuple):
             f'{self.section}.{role} = "..."' for role in max(self.forms, key=lambda form: len(form.columns)).columns
         ]
 
-    def read(self, found: Any, at: str) -> tuple[Any, Form]:
-        """The record of an object, and the format it has."""
+    def read(self, found: Any, at: str, forms: dict[tuple[str, ...], Form]) -> Any:
+        """The record of an object; the format of its columns is looked up in `forms`, or added there."""
         if not isinstance(found, dict):
             raise ValueError(f"expected an object with {self}, found {type(found).__name__}")
-        form = self.match(found)
-        return self.build({role: (name, found[name]) for role, name in form.columns.items()}, at), form
+        columns = tuple(found)
+        if columns not in forms:
+            forms[columns] = self.match(columns)
+        return self.build({role: (name, found[name]) for role, name in forms[columns].columns.items()}, at)
 
 
 def read_corpus(
@@ -537,6 +539,7 @@ def _records(
     """
     before = len(wrong)
     records = []
+    forms: dict[tuple[str, ...], Form] = {}
     incomplete: list[ColumnError] = []
 
     def note(at: str, error: ValueError) -> None:
@@ -548,14 +551,13 @@ def _records(
     try:
         for at, found in _objects(path, schema, unit, wrong):
             try:
-                record, form = schema.read(found, at)
+                records.append(schema.read(found, at, forms))
             except ValueError as error:
                 note(at, error)
-            else:
-                records.append(record)
-                columns.setdefault(form.name, {}).update(dict.fromkeys(form.columns.values()))
     except ColumnError as error:
         note(error.at, error)
+    for form in forms.values():
+        columns.setdefault(form.name, {}).update(dict.fromkeys(form.columns.values()))
     if not records and len(incomplete) == len(wrong) - before > 0:
         # No line has the columns: their names are wrong, and not the lines.
         first = incomplete[0]
@@ -754,7 +756,8 @@ def _parquet(path: Path, schema: Schema, wrong: list[str]) -> Iterator[tuple[str
             for part in file.iter_batches(columns=columns):
                 for row in part.to_pylist():
                     named = {
-                        name: _named(value, classes[name]) if name in classes else value for name, value in row.items()
+                        name: _named(value, classes[name]) if name in classes else _without_nulls(value)
+                        for name, value in row.items()
                     }
                     yield f"{path}[{number}]", named
                     number += 1
@@ -774,6 +777,13 @@ def _class_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
         return {}
     inner = {name: feature.get("feature") or feature for name, feature in features if isinstance(feature, dict)}
     return {name: inner["names"] for name, inner in inner.items() if isinstance(inner, dict) and "names" in inner}
+
+
+def _without_nulls(value: Any) -> Any:
+    """A value whose objects lack the keys that are null: Parquet gives every object of a column the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _named(value: Any, names: Sequence[str]) -> Any:
@@ -934,7 +944,7 @@ def is_learned(message: Message) -> bool:
 
 
 def _message(name: str, found: Any) -> Message:
-    # A Parquet file gives every message all keys, and those that a message lacks the value None.
+    # Many writers give every message all keys, and those that a message lacks the value null.
     given = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
     if "from" in given and "role" not in given:
         # ShareGPT's names of the keys and of who speaks.
