@@ -1,5 +1,6 @@
 """`jlora train` and `jlora predict` as people use them: one tiny job from files to answers, and every mistake."""
 
+import gzip
 import importlib
 import io
 import itertools
@@ -113,6 +114,34 @@ def test_a_job_without_validation_keeps_the_last_step_and_is_measured_on_what_th
         assert "No validation data: the adapter of the last step is kept." in flat
         assert "last step │ 9 │" in flat
     assert results["train"]["after"]["loss"] < results["train"]["before"]["loss"]
+
+
+def test_chats_of_another_format_in_compressed_files_are_trained_on_and_what_is_left_out_is_counted(tmp_path, capsys):
+    toml = tiny_job.make_other_job(tmp_path / "job", tiny_job.make_llama(tmp_path / "llama"), "instruction")
+    for split, folder in (("train", tmp_path / "job/data"), ("validation", tmp_path / "job")):
+        folder.mkdir(exist_ok=True)
+        rows = [
+            {"instruction": chat["question"], "input": "please", "output": chat["answer"]}
+            for chat in tiny_job.chats(split)
+        ]
+        if split == "train":
+            rows[0]["output"] = "ask " * 40
+            rows[1]["input"] = rows[2]["input"] = "please " * 40
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    change(toml, 'train = "train.jsonl"', 'train = "data"')
+    change(toml, 'validation = "validation.jsonl"', 'validation = "validation.jsonl.gz"')
+    change(toml, "epochs = 6", "epochs = 1")
+    assert main(["train", str(toml)]) == 0
+    shown = capsys.readouterr().out
+    assert "Records: 72 train, 24 validation." in shown
+    assert "\nRead as alpaca ('instruction', 'output', 'input').\n" in shown
+    assert "\ntrain: 1 chat is cut off at max_length = 32 tokens: raise data.max_length.\n" in shown
+    reason = "dropped, since the prompt alone fills max_length = 32 tokens: raise data.max_length."
+    assert f"\ntrain: 2 chats are {reason}\n" in shown
+    assert main(["eval", str(tmp_path / "job/run"), "--data", str(tmp_path / "job/data/train.jsonl.gz"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["cut"], found["dropped"]) == (72, 1, 2)
 
 
 def test_flags_win_over_the_file_and_a_run_is_not_written_over_unless_asked(fresh, capsys):

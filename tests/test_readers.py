@@ -217,7 +217,7 @@ def test_a_folder_gives_the_files_that_say_the_split_or_all_of_them(tmp_path):
     assert formats == {"train": "2 files, texts ('text')", "test": "texts ('text')"}
     (tmp_path / "one/e.csv").write_text("text\ne\n")
     for folder, split, reason in [
-        ("two", "validation", "the folder has files of 'test', 'train' alone: name those of validation"),
+        ("two", "validation", "the folder has files of 'test', 'train' only, and none of validation"),
         ("one", "train", f"the folder has files of several kinds, .csv .jsonl: write {tmp_path}/one/*.csv"),
     ]:
         with pytest.raises(FileNotFoundError) as caught:

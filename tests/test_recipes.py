@@ -15,7 +15,7 @@ import pytest
 import tiny_job
 
 from jlora.cli.show import hints, model_card
-from jlora.cli.train import read, rows_of
+from jlora.cli.train import read, rows_of, truncation_notes
 from jlora.core.paths import flatten
 from jlora.core.tree import merge, split, summary
 from jlora.recipes import config as configs
@@ -222,6 +222,10 @@ def test_entities_beyond_max_length_count_as_missed(jobs, files):
     whole = make_rows(tokenizer, records, max_length=32, labels=labels)
     cut = make_rows(tokenizer, records, max_length=5, labels=labels)
     assert whole.dropped == 0 < cut.dropped and cut.cut == sum(len(record.tokens) - 3 for record in records)
+    assert truncation_notes(settings(job.config, data={"max_length": 5}).data, "validation", cut) == [
+        f"validation: {cut.cut} words are cut off at max_length = 5 tokens: raise data.max_length.",
+        f"validation: {cut.dropped} entities count as missed, beyond max_length = 5 tokens: raise data.max_length.",
+    ]
     found = job.task.score(job.params, cut.rows)
     # The tags of the words that are read, and none for those that are not.
     alone = job.task.score(job.params, [row._replace(beyond=None) for row in cut.rows])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from jlora.cli.show import result_table
 from jlora.cli.streams import Terminal, json_line
-from jlora.cli.train import fields_of, rows_of
+from jlora.cli.train import fields_of, print_truncation, rows_of
 from jlora.core.errors import complain
 from jlora.core.tree import merge
 from jlora.recipes.batches import check_targets
@@ -40,13 +40,15 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
         labels=run.task.labels or None,
     )
     corpus = corpus._replace(labels=run.task.labels)
-    rows = rows_of(run.config, run.task.loaded.tokenizer, corpus, "test").rows
-    check_targets("eval", {"test": rows}, run.config.data.max_length)
-    scores = run.task.score(merge(run.params), rows, merged=True)
+    rows = rows_of(run.config, run.task.loaded.tokenizer, corpus, "test")
+    check_targets("eval", {"test": rows.rows}, run.config.data.max_length)
+    scores = run.task.score(merge(run.params), rows.rows, merged=True)
     found = {"loss": scores.loss, **scores.metrics}
     if as_json:
-        print(json_line({"data": str(source), "records": len(corpus.splits["test"]), **found}))
+        counts = {"records": len(corpus.splits["test"]), "cut": rows.cut, "dropped": rows.dropped}
+        print(json_line({"data": str(source), **counts, **found}))
     else:
+        print_truncation(Terminal(), run.config.data, {"test": rows})
         table = [("data", str(source)), ("records", f"{len(corpus.splits['test']):,}")]
         Terminal().print(result_table(table + [(name, f"{value:.4f}") for name, value in found.items()]))
     return found

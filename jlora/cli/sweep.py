@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jlora.cli.report import PAGE, PICTURE, write_report
 from jlora.cli.streams import Terminal
-from jlora.cli.train import peak_memory, print_format, read, rows_of
+from jlora.cli.train import peak_memory, print_format, print_truncation, read, read_as, rows_of
 from jlora.core.errors import complain, nearest
 from jlora.core.layouts import max_rank
 from jlora.core.paths import Path as Slashes
@@ -93,7 +93,10 @@ def sweep(
     loaded = runs.load_base(config, corpus.labels)
     print_format(console, config, loaded)
     task = TASKS[config.data.task](config, loaded, corpus.labels)
-    rows = {name: rows_of(config, loaded.tokenizer, corpus, name).rows for name in ("train", "validation")}
+    console.print(read_as(corpus), highlight=False, markup=False, soft_wrap=True)
+    splits = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in ("train", "validation")}
+    print_truncation(console, config.data, splits)
+    rows = {name: found.rows for name, found in splits.items()}
     check_targets("sweep", rows, config.data.max_length)
     jobs = {seed: job_of(config, task, rows, seed) for seed in grid["seeds"]}
     # Seeds change the order of the batches, and nothing of their number and shapes.

@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,9 +171,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     job = Job(config=config, task=task, params=params, rows=rows["train"].rows, validation=validation, mesh=mesh)
     console.print(opening(counts, corpus, task, job), highlight=False, soft_wrap=True)
     print_format(console, config, loaded)
-    for name, found in rows.items():
-        for line in losses(data, name, found):
-            console.print(line, highlight=False, soft_wrap=True)
+    print_truncation(console, data, rows)
     if validation is None:
         console.print("No validation data: the adapter of the last step is kept.", highlight=False)
     asked = next(name for name in ("test", "validation", "train") if name in rows)
@@ -238,23 +236,26 @@ def rows_of(config: Config, tokenizer: Any, corpus: Corpus, split: str) -> Rows:
     return found._replace(rows=pack(found.rows, data.max_length)) if packs else found
 
 
-def losses(data: Data, split: str, rows: Rows) -> list[str]:
-    """Lines that say what `max_length` left out of a split, and what to do; none where it left out nothing."""
-    beyond = f"beyond max_length = {data.max_length} tokens: raise data.max_length."
-    if data.task == "token_classification":
-        return [
-            *([f"{split}: {count(rows.cut, 'word is', 'words are')} {beyond}"] if rows.cut else []),
-            *(
-                [f"{split}: {count(rows.dropped, 'entity counts', 'entities count')} as missed there."]
-                * bool(rows.dropped)
-            ),
-        ]
-    what = "chat" if data.task == "instruction" else "text"
-    filled = f"dropped: the prompt alone fills max_length = {data.max_length} tokens: raise data.max_length."
-    return [
-        *([f"{split}: {count(rows.cut, f'{what} is', f'{what}s are')} cut off {beyond}"] if rows.cut else []),
-        *([f"{split}: {count(rows.dropped, 'chat is', 'chats are')} {filled}"] if rows.dropped else []),
-    ]
+def print_truncation(console: Console, data: Data, splits: Mapping[str, Rows]) -> None:
+    """Prints what `max_length` leaves out of each split, and what to do."""
+    for split, rows in splits.items():
+        for note in truncation_notes(data, split, rows):
+            console.print(note, highlight=False, markup=False, soft_wrap=True)
+
+
+def truncation_notes(data: Data, split: str, rows: Rows) -> list[str]:
+    """Lines that say what `max_length` leaves out of a split; none where it leaves out nothing."""
+    names = {"token_classification": ("word is", "words are"), "instruction": ("chat is", "chats are")}
+    limit = f"max_length = {data.max_length} tokens: raise data.max_length."
+    notes = []
+    if rows.cut:
+        notes.append(f"{split}: {count(rows.cut, *names.get(data.task, ('text is', 'texts are')))} cut off at {limit}")
+    if rows.dropped and data.task == "token_classification":
+        notes.append(f"{split}: {count(rows.dropped, 'entity counts', 'entities count')} as missed, beyond {limit}")
+    elif rows.dropped:
+        chats = count(rows.dropped, "chat is", "chats are")
+        notes.append(f"{split}: {chats} dropped, since the prompt alone fills {limit}")
+    return notes
 
 
 def follow(job: Job, console: Console, begin: Callable[[], None]) -> tuple[int, dict[str, float]]:

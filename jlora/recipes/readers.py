@@ -460,7 +460,7 @@ def _folder_files(folder: Path, split: str, suffixes: Sequence[str]) -> list[Pat
         raise SourceError(f"the folder has no {' '.join(suffixes)} file")
     if not found:
         others = quoted(sorted({name for name in said.values() if name}))
-        raise SourceError(f"the folder has files of {others} alone: name those of {split}")
+        raise SourceError(f"the folder has files of {others} only, and none of {split}")
     kinds = sorted({_suffix(path) for path in found})
     if len(kinds) > 1:
         raise SourceError(f"the folder has files of several kinds, {' '.join(kinds)}: write {folder}/*{kinds[0]}")
