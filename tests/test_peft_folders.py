@@ -4,18 +4,24 @@ import copy
 import json
 import re
 import shutil
+import threading
 import time
+from http.server import ThreadingHTTPServer
+from pathlib import Path as File
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_huggingface
 import test_peft
+import tiny_job
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from test_peft import close, config_of, equal, fill, make, opened, rewrite, run_jax, run_torch
 
 import jlora
+from jlora.cli.generate import load_adapter
 from jlora.cli.main import main
 from jlora.core.paths import flatten, map_with_path
 from jlora.interop.huggingface import load_model
@@ -415,3 +421,62 @@ def test_folders_of_other_formats_get_their_own_advice(case, saved, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
         load_peft(name or tmp_path, saved[0].model, saved[0].params)
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect", "generate"])
+def test_the_commands_give_the_advice_too(command, saved, tmp_path, capsys):
+    lay(tmp_path, "adapters.safetensors", "adapter_config.json")
+    options = {"merge": ["--out", str(tmp_path / "out")], "inspect": []}
+    for name, words in ((str(tmp_path), "holds an adapter of mlx-lm."), ("owner/name", "snapshot_download")):
+        if command != "generate":
+            assert main([command, name, *options[command]]) == 2
+            shown = capsys.readouterr().err
+            assert words in shown and "\nFix: " in shown and "Traceback" not in shown
+        else:
+            with pytest.raises(ValueError, match=words):
+                load_adapter(File(name), saved[0])
+
+
+REVISIONS = """
+import json, sys
+from pathlib import Path
+from jlora.interop.peft import save_peft
+from jlora.recipes.config import parse
+from jlora.recipes.inspection import load_adapted
+from jlora.recipes.runs import load_base
+adapted = load_adapted(Path(sys.argv[1]))
+save_peft(sys.argv[2], adapted.loaded.model, adapted.params)
+print(json.loads((Path(sys.argv[2]) / "adapter_config.json").read_text())["revision"])
+model, data = {"name": "owner/model", "revision": "v3"}, {"task": "causal_lm", "train": "x.txt", "max_length": 32}
+values = {"model": model, "data": data, "output": {"folder": "run"}}
+config = parse(values, source="job", folder=Path(sys.argv[2]))
+print(load_base(config, ()).model.origin.revision)
+"""
+
+
+def test_the_revision_in_a_config_is_asked_of_the_hub(tmp_path):
+    served = tiny_job.make_llama(tmp_path / "served")
+    loaded = load_model(served)
+    save_peft(tmp_path / "adapter", loaded.model, fill(jlora.wrap(loaded.params, rank=2, targets=["q_proj"])))
+    rewrite(tmp_path / "adapter", base_model_name_or_path="owner/model", revision="v2")
+    handler = type("Served", (test_huggingface.Hub,), {"folder": served, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "JAX_PLATFORMS": "cpu",
+    }
+    try:
+        found = test_huggingface.run_python(REVISIONS, tmp_path / "adapter", tmp_path / "again", **environment)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "v2\nv3\n"
+    revisions = {path.split("/revision/")[1] for path in handler.asked if "/revision/" in path}
+    assert revisions == {"v2", "v3"}

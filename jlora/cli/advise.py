@@ -6,6 +6,7 @@ from typing import Any
 
 from jlora.cli.train import read
 from jlora.core.errors import complain
+from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.recipes import config as configs
 from jlora.recipes.advise import advise
 
@@ -36,16 +37,21 @@ def show(
         OSError: a file can't be read.
     """
     settings: dict[str, Any] = {}
+    base: str | LoadedModel | None = model
     if config is not None:
         job = configs.read(config)
-        task, model = task or job.data.task, model or job.model.name
+        task = task or job.data.task
+        if model is None:
+            base = job.model.name
+        if model is None and job.model.revision is not None:
+            base = load_model(job.model.name, revision=job.model.revision, abstract=True)
         examples = len(read(job).splits["train"]) if examples is None else examples
         settings = {"targets": job.adapter.targets} | (step_of(job) if memory is not None else {})
     missing = [f"--{name}" for name, value in {"task": task, "examples": examples}.items() if value is None]
     if missing:
         raise ValueError(complain("advise", "too little is known.", missing, "give them, or a job with --config."))
     assert task is not None and examples is not None
-    found = advise(task, examples=examples, difficulty=difficulty, model=model, memory=memory, **settings)
+    found = advise(task, examples=examples, difficulty=difficulty, model=base, memory=memory, **settings)
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
 
 

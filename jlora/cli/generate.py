@@ -14,6 +14,7 @@ from jlora.core.tree import merge
 from jlora.interop.chat import stop_tokens
 from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.interop.peft import load_peft
+from jlora.interop.peft_files import advise
 from jlora.recipes.batches import prompt_ids
 from jlora.recipes.generate import stream, unusable_settings
 from jlora.recipes.readers import Message
@@ -122,6 +123,9 @@ def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
         return restore_adapter(folder, loaded.params, model=loaded.model)
     if (folder / "adapter_config.json").is_file():
         return load_peft(folder, loaded.model, loaded.params)
+    if advice := advise(folder):
+        problem, fix = advice
+        raise ValueError(complain("generate", problem, [], fix))
     offenders = ["neither adapter.json (jlora) nor adapter_config.json (PEFT) is there"]
     fix = "name the folder that `jlora train`, save_adapter or save_peft wrote."
     raise ValueError(complain("generate", f"{folder} holds no adapter.", offenders, fix))

@@ -135,7 +135,9 @@ def train(config: Config) -> Result:
         learnt.counts.trainable,
         learnt.counts.total,
         runs.bytes_on_disk(folder / runs.ADAPTER),
-        sum(path.stat().st_size for path in find_folder(config.model.name, None).glob("*.safetensors")),
+        sum(
+            path.stat().st_size for path in find_folder(config.model.name, config.model.revision).glob("*.safetensors")
+        ),
         agreement.difference,
         time.perf_counter() - start,
         peak_memory(),

@@ -40,6 +40,7 @@ class Model:
 
     Attributes:
         name: a folder in Hugging Face form, or a name on the hub
+        revision: branch, tag or commit on the hub; left out, the default branch
         pooling: what a text's classifier reads; auto takes what the checkpoint says
         dtype: what the base is stored in
         compute_dtype: what is computed in; left out, the dtype of the base
@@ -48,6 +49,7 @@ class Model:
     """
 
     name: str
+    revision: str | None = None
     pooling: Literal["auto", "mean", "cls", "pooler"] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -280,7 +282,7 @@ def check(config: Config) -> Config:
 
 def with_model(config: Config, name: str) -> Config:
     """The same job on a base model from elsewhere."""
-    return check(replace(config, model=replace(config.model, name=name)))
+    return check(replace(config, model=replace(config.model, name=name, revision=None)))
 
 
 def to_toml(config: Config) -> str:

@@ -20,6 +20,7 @@ from jlora.interop.huggingface import LoadedModel, find_family, find_folder, loa
 from jlora.interop.modules import Table
 from jlora.interop.patterns import PatternMatcher
 from jlora.interop.peft import CLASSIFIERS
+from jlora.interop.peft_files import advise
 from jlora.recipes.config import read as read_job
 from jlora.recipes.runs import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, read_adapter, read_metadata, restore_adapter
@@ -190,6 +191,9 @@ def find_kind(folder: File) -> str:
     for kind, file in signs.items():
         if file.is_file():
             return kind
+    if advice := advise(folder):
+        problem, fix = advice
+        raise FileNotFoundError(complain("adapter", problem, [], fix))
     offenders = [f"no {file.relative_to(folder)}  ({kind})" for kind, file in signs.items()]
     fix = "name the folder that `jlora train`, save_adapter or PEFT wrote."
     raise FileNotFoundError(complain("adapter", f"{folder} holds no adapter.", offenders, fix))
@@ -221,7 +225,10 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
         return Adapted(loaded, params, changed(loaded.params, params))
     config = peft.read_config(folder)
     name = named(folder, model or config.get("base_model_name_or_path"))
-    loaded = load_model(name, dtype=dtype or stored_dtype(name), **head_of(folder, config, name))
+    # The revision is that of the hub's name in the config.
+    revision = config.get("revision") if model is None and not File(name).is_dir() else None
+    base = find_folder(name, revision)
+    loaded = load_model(name, revision=revision, dtype=dtype or stored_dtype(base), **head_of(folder, config, base))
     params = peft.load_peft(folder, loaded.model, loaded.params)
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
 
@@ -260,22 +267,22 @@ def form_of(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     return form
 
 
-def stored_dtype(name: str) -> str:
-    """The dtype that a base's config names, float32 where it names none."""
-    content = read_json(find_folder(name, None) / "config.json")
+def stored_dtype(base: File) -> str:
+    """The dtype that the config in a base's folder names, float32 where it names none."""
+    content = read_json(base / "config.json")
     stored = content.get("dtype") or content.get("torch_dtype")
     return stored if stored in ("bfloat16", "float16") else "float32"
 
 
-def head_of(folder: File, config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The head that a PEFT adapter was trained with, as `load_model` takes it."""
+def head_of(folder: File, config: Mapping[str, Any], base: File) -> dict[str, Any]:
+    """The head that a PEFT adapter was trained with on the base in another folder, as `load_model` takes it."""
     head = HEADS.get(str(config.get("task_type")))
     if head is None:
         return {}
     ends = tuple(f"{name}.weight" for name in CLASSIFIERS)
     named = [value for name, value in peft.read_tensors(folder).items() if name.endswith(ends)]
     # Transformers' classifiers of texts, which PEFT adapts, read no other pooling.
-    pooling = {"pooling": "pooler"} if find_family(find_folder(name, None)).pooled else {}
+    pooling = {"pooling": "pooler"} if find_family(base).pooled else {}
     return {"head": head, **pooling} | ({"num_labels": len(named[0])} if named else {})
 
 

@@ -79,6 +79,7 @@ def load_base(config: Config, labels: Sequence[str]) -> LoadedModel:
         remat=config.model.remat,
         head=TASKS[config.data.task].head,
         pooling=config.model.pooling,
+        revision=config.model.revision,
         labels=labels or None,
         key=jax.random.key(config.optimisation.seed),
     )
