@@ -288,9 +288,33 @@ def test_answers_are_learnt_through_the_chat_template(llama, tmp_path, capsys):
     assert verb == "ask" and topic in tiny_job.TOPICS
     counted = sum(len(record["answer"].split()) + 1 for record in tiny_job.chats("train"))
     assert sum(line["targets"] for line in lines(run) if line["event"] == "step") == 6 * counted
+    check_sampling(run, tmp_path, capsys)
     long = [{"question": " ".join(tiny_job.words() * 2), "answer": "ask refund"}]
     data = tiny_job.write_lines(tmp_path / "long.jsonl", long)
     assert "eval: 1 split without a token" in mistake(capsys, "eval", str(run), "--data", str(data))
+
+
+def check_sampling(run: Path, folder: Path, capsys) -> None:
+    """A chat in a file is the question of its last turn; seeds draw, and the length is kept to."""
+    (question,) = config.read(run / "config.toml").data.questions
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "ask refund"}]
+    records = [question, {"question": question, "answer": "x"}, {"messages": turns}]
+    records += [{"messages": [*turns, {"role": "user", "content": "money"}]}] * 20
+    source = tiny_job.write_lines(folder / "chats.jsonl", records)
+
+    def answers(*flags: str) -> list[str]:
+        capsys.readouterr()
+        assert main(["predict", str(run), "--input", str(source), "--json", *flags]) == 0
+        return [json.loads(line)["answer"] for line in capsys.readouterr().out.splitlines()]
+
+    greedy = answers("--max-new-tokens", "3")
+    assert greedy[0] == greedy[1] == greedy[2] and len(set(greedy[3:])) == 1
+    assert all(len(answer.split()) <= 3 for answer in greedy)
+    drawn = answers("--max-new-tokens", "3", "--temperature", "9", "--seed", "1")
+    assert len(set(drawn[3:])) > 5
+    assert answers("--max-new-tokens", "3", "--temperature", "9", "--seed", "1") == drawn
+    assert answers("--max-new-tokens", "3", "--temperature", "9", "--seed", "2") != drawn
+    assert answers("--max-new-tokens", "3", "--temperature", "9", "--top-k", "1") == greedy
 
 
 def test_python_m_jlora_runs_both_commands(fresh):
@@ -361,6 +385,66 @@ def test_mistakes_in_the_data_are_told_before_anything_is_written(fresh, capsys)
         assert words in mistake(capsys, "train", str(fresh))
         path.write_text(before)
     assert not (folder / "run").exists()
+
+
+def test_predict_reads_a_file_and_writes_one(job, tmp_path, capsys):
+    asked = ["where is my courier", "money pl\u00e9ase", "login"]
+    records = [{"text": asked[0], "label": "delivery"}, asked[1], {"question": asked[2]}]
+    source, output = tiny_job.write_lines(tmp_path / "in put.jsonl", records), tmp_path / "out put.jsonl"
+    source.write_text("\ufeff" + source.read_text() + "\n")
+    run = str(job[1])
+    assert main(["predict", run, "--input", str(source), "--output", str(output), "--top", "2"]) == 0
+    assert f"3 answers written to {output}" in capsys.readouterr().out
+    assert main(["predict", run, *asked, "--top", "2", "--json"]) == 0
+    assert output.read_text(encoding="utf-8") == capsys.readouterr().out
+    before = output.read_bytes()
+    text = mistake(capsys, "predict", run, "--input", str(source), "--output", str(output))
+    assert f"predict: {output} exists.\nFix: choose another --output, or pass --overwrite." in text
+    assert output.read_bytes() == before
+    assert main(["predict", run, "money", "--output", str(output), "--overwrite"]) == 0
+    assert json.loads(output.read_text())["question"] == "money"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.jsonl", "out put.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "holds no question"),
+        (
+            b'{"text": 7}\n\n{"label": "x"}\n{oops\n" "\n',
+            "4 lines of {source} can't be used.\n  {source}:1  'text' is 7",
+        ),
+        (b'["a"]', "'the line' is [\"a\"], expected a text"),
+        (b'"a"\n"\xff"', "is not UTF-8: byte 5"),
+        (b"[" * 100_000, "1 line of {source} can't be used.\n  {source}:1  JSON that is nested too deeply"),
+        (None, "can't be read: No such file or directory."),
+        ("folder", "can't be read: Is a directory."),
+    ],
+)
+def test_predict_says_what_is_wrong_with_its_file(content, words, job, tmp_path, capsys):
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    if content == "folder":
+        source.mkdir()
+    elif content is not None:
+        source.write_bytes(content)
+    text = mistake(capsys, "predict", str(job[1]), "--input", str(source), "--output", str(output))
+    assert words.format(source=source) in text
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--temperature", "0.5"], "it generates no text.\n  --temperature is for language models"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0  expected"),
+        (["--seed", "-1"], "seed is -1  expected"),
+        (["--input", "in.jsonl"], "questions were given twice"),
+        (["--output", "."], "is a folder, not a file"),
+        (["--output", "no/such/out.jsonl"], "no/such is not a folder"),
+    ],
+)
+def test_predict_refuses_flags_that_do_not_fit(flags, words, job, capsys):
+    assert words in mistake(capsys, "predict", str(job[1]), QUESTION, *flags)
 
 
 def test_predict_refuses_what_it_can_not_answer(job, capsys, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.interop.peft import load_peft
 from jlora.interop.peft_files import advise
 from jlora.recipes.batches import prompt_ids
-from jlora.recipes.generate import stream, unusable_settings
+from jlora.recipes.generate import stream, unusable_seed, unusable_settings
 from jlora.recipes.readers import Message
 from jlora.recipes.runs import ADAPTER
 from jlora.training.checkpoint import restore_adapter
@@ -57,7 +57,7 @@ def generate(
         ValueError: a model that can't be loaded or can't generate, an adapter that does not fit, settings out of range.
         OSError: a file is missing or can't be read.
     """
-    wrong = unusable_settings(max_new_tokens, temperature, top_k, top_p)
+    wrong = unusable_settings(max_new_tokens, temperature, top_k, top_p) + unusable_seed(seed)
     wrong += ["--merge has nothing to fold  expected: --adapter FOLDER too"] if merged and adapter is None else []
     if wrong:
         fix = 'ask as in: jlora generate MODEL "Once upon a time" --temperature 0.8.'

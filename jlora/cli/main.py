@@ -7,7 +7,7 @@ Exit codes: 0 all went well, 1 a fault of jlora's own (with a traceback), 2 some
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ import jlora
 from jlora.cli.streams import describe_error, discard_output, flush_output, prepare_streams, report
 from jlora.core.errors import complain
 from jlora.recipes import config as configs
-from jlora.recipes.config import Config
+from jlora.recipes.config import Config, Sampling
 from jlora.recipes.plan import Settings
 
 DESCRIPTION = "LoRA fine-tuning for JAX and Flax. `jlora --version` prints the version."
@@ -100,6 +100,10 @@ class Predict:
     Attributes:
         folder: the run's folder
         questions: what to ask; left out, every line of the standard input is a question
+        settings: how a language model answers
+        input: JSON lines to read questions from: strings, or objects with the fields of the run's data
+        output: file to write the answers to, as JSON lines in the order of the questions
+        overwrite: replace an output file that is there
         top: best entries to show for each question
         json: print JSON lines
         model: folder or hub name of the base model, if it is not where it was
@@ -107,15 +111,29 @@ class Predict:
 
     folder: tyro.conf.Positional[Path]
     questions: tyro.conf.Positional[tuple[str, ...]] = ()
+    settings: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    input: Path | None = None
+    output: Path | None = None
+    overwrite: bool = False
     top: int = 1
     json: bool = False
     model: str | None = None
 
     def run(self) -> None:
-        """Prints the answers."""
+        """Prints or writes the answers."""
         from jlora.cli.predict import predict
 
-        predict(self.folder, self.questions, top=self.top, as_json=self.json, model=self.model)
+        predict(
+            self.folder,
+            self.questions,
+            source=self.input,
+            output=self.output,
+            overwrite=self.overwrite,
+            top=self.top,
+            as_json=self.json,
+            model=self.model,
+            sampling=self.settings,
+        )
 
 
 @dataclass(frozen=True)
@@ -152,11 +170,7 @@ class Generate:
         merge: fold the adapter into the base first: faster tokens, for the memory of a second copy of its kernels
         dtype: of the parameters and of the computation
         chat: each prompt is a message: put it into the tokenizer's chat template, and print the reply alone
-        max_new_tokens: tokens to add to each prompt, at most
-        temperature: 0 takes the likeliest token each time, more draws
-        top_k: draw from the k likeliest tokens only
-        top_p: then from the fewest of them whose probabilities reach this
-        seed: of what is drawn
+        settings: how the texts are continued
     """
 
     model: tyro.conf.Positional[str]
@@ -165,11 +179,7 @@ class Generate:
     merge: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     chat: bool = False
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
+    settings: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
 
     def run(self) -> None:
         """Prints the texts."""
@@ -182,11 +192,11 @@ class Generate:
             merged=self.merge,
             dtype=self.dtype,
             chat=self.chat,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
+            max_new_tokens=self.settings.max_new_tokens,
+            temperature=self.settings.temperature,
+            top_k=self.settings.top_k,
+            top_p=self.settings.top_p,
+            seed=self.settings.seed,
         )
 
 

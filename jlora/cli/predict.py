@@ -2,85 +2,255 @@
 
 import itertools
 import json
-import sys
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
-from jlora.core.errors import complain
+from jlora.cli.streams import decode_arguments, json_line, read_input
+from jlora.core.errors import complain, count, quoted
 from jlora.core.paths import Tree
 from jlora.core.tree import merge
 from jlora.interop.chat import stop_tokens
+from jlora.recipes import config as configs
 from jlora.recipes.batches import Row, make_rows, prompt_ids, tokenise
-from jlora.recipes.generate import generate
+from jlora.recipes.config import Data, Sampling
+from jlora.recipes.generate import generate, unusable_seed, unusable_settings
 from jlora.recipes.metrics import entities
-from jlora.recipes.readers import Tagged
-from jlora.recipes.runs import Run, load_run
+from jlora.recipes.readers import Message, Tagged, _messages, _question, shown
+from jlora.recipes.runs import CONFIG, Run, load_run
 from jlora.recipes.tasks import Entities, Language, log_softmax, pad_token
 
-NEW_TOKENS = 256
+Question = str | list[Message]
 
 
-def predict(folder: Path, questions: Sequence[str], *, top: int, as_json: bool, model: str | None) -> None:
-    """Prints what a run says to every question.
+def predict(
+    folder: Path,
+    questions: Sequence[str],
+    *,
+    source: Path | None,
+    output: Path | None,
+    overwrite: bool,
+    top: int,
+    as_json: bool,
+    model: str | None,
+    sampling: Sampling,
+) -> None:
+    """Prints what a run says to every question, or writes it to a file.
 
     Args:
         folder: what `jlora train` wrote.
-        questions: what to ask; empty for the lines of the standard input.
+        questions: what to ask; empty for `source`, or else for the lines of the standard input.
+        source: a file of JSON lines with the questions.
+        output: the file to write, one JSON object for each question; None for the standard output.
+        overwrite: replace `output` where it exists.
         top: classes to show for each.
         as_json: print one JSON object a question.
         model: where the base model is, if not where it was.
+        sampling: how a language model answers.
 
     Raises:
-        ValueError: no question, a blank one, `top` out of range, a run that is damaged.
-        FileNotFoundError: no run in `folder`.
+        ValueError: no question, a blank one, settings out of range or of another task, a run that is damaged.
+        OSError: no run in `folder`, or a file can't be read or written.
     """
-    asked = list(questions) or [line.strip() for line in sys.stdin if line.strip()]
-    wrong = [] if asked else ["no question was given"]
-    wrong += [f"question {n} is blank" for n, text in enumerate(asked, 1) if not text.strip()]
+    asked: list[Question] = [*decode_arguments("predict", questions)]
+    if source is None and not asked:
+        asked = [line.strip() for line in read_input("predict").splitlines() if line.strip()]
+    wrong = [] if asked or source is not None else ["no question was given"]
+    wrong += ["questions were given twice  expected: QUESTIONS or --input FILE"] if asked and source is not None else []
+    wrong += [f"question {n} is blank" for n, text in enumerate(asked, 1) if not str(text).strip()]
     wrong += [f"--top {top}  expected: a whole number from 1"] if top < 1 else []
+    wrong += unusable_settings(sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
+    wrong += unusable_seed(sampling.seed)
     if wrong:
         fix = 'ask as in: jlora predict FOLDER "where is my parcel?" --top 3.'
         raise ValueError(complain("predict", "nothing can be answered.", wrong, fix))
+    if output is not None:
+        check_output(output, overwrite)
+    # Before the model is loaded; a folder without a config is refused by load_run.
+    if source is not None and (folder / CONFIG).is_file():
+        asked = read_questions(source, configs.read(folder / CONFIG).data)
     run = load_run(folder, model=model)
-    # Folded into the base, the adapter costs nothing.
-    params = merge(run.params)
-    for text in answers(run, params, asked, top=top, as_json=as_json):
+    check_sampling(run, sampling)
+    # Merged into the base, the adapter costs nothing.
+    given = answers(run, merge(run.params), asked, top=top, as_json=as_json or output is not None, sampling=sampling)
+    if output is not None:
+        write_lines(output, given)
+        print(f"{count(len(asked), 'answer')} written to {output}")
+        return
+    for text in given:
         print(text)
 
 
-def answers(run: Run, params: Tree, questions: Sequence[str], *, top: int = 1, as_json: bool = False) -> Iterator[str]:
+def check_output(path: Path, overwrite: bool) -> None:
+    """Checks that a file can be written, before anything is computed for it.
+
+    Raises:
+        OSError: it exists and may not be replaced, or its folder is missing or can't be written to.
+    """
+    fix = "choose another --output."
+    if path.is_dir():
+        raise IsADirectoryError(complain("predict", f"{path} is a folder, not a file.", [], fix))
+    if path.exists() and not overwrite:
+        raise FileExistsError(complain("predict", f"{path} exists.", [], f"{fix[:-1]}, or pass --overwrite."))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(complain("predict", f"{path.parent} is not a folder.", [], f"make it, or {fix}"))
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(complain("predict", f"{path.parent} can't be written to.", [], fix))
+
+
+def check_sampling(run: Run, sampling: Sampling) -> None:
+    """Checks that the settings of a language model were given for one.
+
+    Raises:
+        ValueError: the run classifies.
+    """
+    default = Sampling()
+    given = [item.name for item in fields(sampling) if getattr(sampling, item.name) != getattr(default, item.name)]
+    if given and not isinstance(run.task, Language):
+        offenders = [f"--{name.replace('_', '-')} is for language models" for name in given]
+        problem = f"the run's task is {run.config.data.task}: it generates no text."
+        raise ValueError(complain("predict", problem, offenders, "leave the options out."))
+
+
+def read_questions(source: Path, data: Data) -> list[Question]:
+    """The questions of a file of JSON lines: strings, or objects with the fields that the run was trained on.
+
+    Raises:
+        OSError: the file can't be read.
+        ValueError: it is not UTF-8, or lines can't be used; they are listed.
+    """
+    fix = 'write one question per line, as in "where is my parcel?" or {"text": "where is my parcel?"}.'
+    try:
+        lines = source.read_bytes().decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        problem = f"{source} is not UTF-8: byte {error.start}."
+        raise ValueError(complain("predict", problem, [], "convert it, as with iconv -t utf-8.")) from None
+    except OSError as error:
+        problem = f"{source} can't be read: {error.strerror}."
+        raise OSError(complain("predict", problem, [], "pass a file that you may read.")) from None
+    found: list[Question] = []
+    wrong = []
+    for n, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(question_of(json.loads(line), data))
+            except ValueError as error:
+                wrong.append(f"{source}:{n}  {error}")
+            except RecursionError:
+                wrong.append(f"{source}:{n}  JSON that is nested too deeply")
+    if wrong:
+        problem = f"{count(len(wrong), 'line')} of {source} can't be used."
+        raise ValueError(complain("predict", problem, shown(wrong), fix))
+    if not found:
+        raise ValueError(complain("predict", f"{source} holds no question.", [], fix))
+    return found
+
+
+def question_of(record: Any, data: Data) -> Question:
+    """The question of a line, which is a string or an object.
+
+    Raises:
+        ValueError: it has none.
+    """
+    names = {
+        "sequence_classification": (data.text,),
+        "token_classification": (data.tokens, "text"),
+        "causal_lm": (data.text,),
+        "instruction": (data.messages, data.question),
+    }[data.task]
+    names = (*dict.fromkeys((*names, "question")),)
+    if isinstance(record, dict):
+        name = next((name for name in names if name in record), None)
+        if name is None:
+            raise ValueError(f"no field {' or '.join(map(repr, names))}, but {quoted(record)}")
+        return _question_in(record, name, data)
+    return _text_of("the line", record)
+
+
+def _question_in(record: dict[str, Any], name: str, data: Data) -> Question:
+    value = record[name]
+    if data.task == "token_classification" and isinstance(value, list):
+        return " ".join(_text_of(f"{name}[{n}]", word) for n, word in enumerate(value))
+    if data.task != "instruction":
+        return _text_of(name, value)
+    refused = [key for key in (data.tools, "history") if record.get(key)]
+    if refused:
+        raise ValueError(f"{quoted(refused)} can't be answered from a file")
+    messages: list[Message] = _messages(name, value) if name == data.messages else []
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        question = _question({"question": (name, value)} | {"input": (data.input, record.get(data.input))})
+        messages = [Message(role="user", content=_text_of(name, question))]
+    if record.get(data.system):
+        messages.insert(0, Message(role="system", content=_text_of(data.system, record[data.system])))
+    alone = len(messages) == 1 and messages[0]["role"] == "user"
+    return messages[0]["content"] if alone else messages
+
+
+def _text_of(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name!r} is {json.dumps(value)[:80]}, expected a text")
+    return value
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a file that is there in full or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # A lone surrogate becomes its escape, which is JSON's too.
+        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def answers(
+    run: Run,
+    params: Tree,
+    questions: Sequence[Question],
+    *,
+    top: int = 1,
+    as_json: bool = False,
+    sampling: Sampling | None = None,
+) -> Iterator[str]:
     """What a run says to every question, as text or as a line of JSON.
 
     Args:
         run: the run.
         params: its merged parameters.
-        questions: what is asked.
+        questions: what is asked; for an instruction run, a list of messages is a chat to continue.
         top: classes to show for each.
         as_json: one JSON object a question.
+        sampling: how a language model answers; None takes the likeliest tokens.
     """
+    for item in predictions(run, params, questions, top, Sampling() if sampling is None else sampling):
+        yield json_line(item) if as_json else answer_text(item)
+
+
+def predictions(
+    run: Run, params: Tree, questions: Sequence[Question], top: int, sampling: Sampling
+) -> Iterator[dict[str, Any]]:
+    """The answer to every question, as JSON keeps it."""
     if isinstance(run.task, Language):
-        found: Any = continuations(run, params, questions)
-        texts = (f"{question}\n  {answer.strip()}" for question, answer in zip(questions, found, strict=True))
-        objects = [{"question": question, "answer": answer} for question, answer in zip(questions, found, strict=True)]
+        found: Iterable[Any] = ({"answer": text} for text in continuations(run, params, questions, sampling))
     elif isinstance(run.task, Entities):
-        found = tagged(run, params, questions)
-        texts = ("\n".join([question, *(f"  {kind}: {words}" for kind, words in entity)]) for question, entity in found)
-        objects = [
-            {"question": question, "entities": [{"type": kind, "text": words} for kind, words in entity]}
-            for question, entity in found
-        ]
+        found = (
+            {"entities": [{"type": kind, "text": words} for kind, words in entities]}
+            for entities in tagged(run, params, [str(question) for question in questions])
+        )
     else:
-        chances = probabilities(run, params, questions)
-        texts = (answer_text(question, chance, run, top) for question, chance in zip(questions, chances, strict=True))
-        objects = [
-            {"question": question, "entries": ranked(chance, run, top)}
-            for question, chance in zip(questions, chances, strict=True)
-        ]
-    yield from (json.dumps(item, ensure_ascii=False) for item in objects) if as_json else texts
+        chances = probabilities(run, params, [str(question) for question in questions])
+        found = ({"entries": ranked(chance, run, top)} for chance in chances)
+    for question, answer in zip(questions, found, strict=True):
+        yield {"question": question} | answer
 
 
 def probabilities(run: Run, params: Tree, questions: Sequence[str]) -> Float[np.ndarray, "texts labels"]:
@@ -91,7 +261,7 @@ def probabilities(run: Run, params: Tree, questions: Sequence[str]) -> Float[np.
     return np.exp(log_softmax(run.task.score(params, rows, merged=True).outputs))
 
 
-def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[tuple[str, list[tuple[str, str]]]]:
+def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[list[tuple[str, str]]]:
     """The entities of every sentence, with their words."""
     words = [tuple(question.split()) for question in questions]
     labels = run.task.labels
@@ -99,31 +269,41 @@ def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[tuple[str, 
     rows = make_rows(run.task.loaded.tokenizer, records, max_length=run.config.data.max_length, labels=labels).rows
     tags = run.task.score(params, rows, merged=True).outputs
     return [
-        (question, [(kind, " ".join(tokens[first : last + 1])) for kind, first, last in entities(said)])
-        for question, tokens, said in zip(questions, words, tags, strict=True)
+        [(kind, " ".join(tokens[first : last + 1])) for kind, first, last in entities(said)]
+        for tokens, said in zip(words, tags, strict=True)
     ]
 
 
-def continuations(run: Run, params: Tree, questions: Sequence[str]) -> list[str]:
-    """What a language model goes on with, or answers."""
+def continuations(run: Run, params: Tree, questions: Sequence[Question], sampling: Sampling) -> Iterator[str]:
+    """What a language model goes on with, or answers, computed batch by batch."""
     loaded, chat = run.task.loaded, run.config.data.task == "instruction"
+    prompts = [prompt_of(loaded.tokenizer, question, chat) for question in questions]
+    stops, size = stop_tokens(loaded, chat=chat), run.config.optimisation.batch_size
+    for start in range(0, len(prompts), size):
+        new = generate(
+            loaded.model,
+            params,
+            prompts[start : start + size],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            stop_tokens=stops,
+            pad_token=pad_token(loaded.tokenizer),
+            key=jax.random.fold_in(jax.random.key(sampling.seed), start),
+        )
+        for ids in np.asarray(new).tolist():
+            ended = list(itertools.takewhile(lambda token: token not in stops, ids))
+            yield loaded.tokenizer.decode(ended, skip_special_tokens=True)
+
+
+def prompt_of(tokenizer: Any, question: Question, chat: bool) -> list[int]:
+    """The tokens that an answer follows, or those of a text that goes on."""
     if chat:
-        prompts = [prompt_ids(loaded.tokenizer, [{"role": "user", "content": question}]) for question in questions]
-    else:
-        end = loaded.tokenizer.eos_token_id
-        encoded = loaded.tokenizer(list(questions))["input_ids"]
-        prompts = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in encoded]
-    stops = stop_tokens(loaded, chat=chat)
-    new = generate(
-        loaded.model,
-        params,
-        prompts,
-        max_new_tokens=NEW_TOKENS,
-        stop_tokens=stops,
-        pad_token=pad_token(loaded.tokenizer),
-    )
-    ended = [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in np.asarray(new).tolist()]
-    return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in ended]
+        messages = [Message(role="user", content=question)] if isinstance(question, str) else question
+        return prompt_ids(tokenizer, messages)
+    ids = list(tokenizer(question)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def ranked(chances: Float[np.ndarray, " labels"], run: Run, top: int) -> list[dict[str, Any]]:
@@ -133,10 +313,13 @@ def ranked(chances: Float[np.ndarray, " labels"], run: Run, top: int) -> list[di
     return [entry | ({"answer": run.answers[entry["label"]]} if run.answers else {}) for entry in entries]
 
 
-def answer_text(question: str, chances: Float[np.ndarray, " labels"], run: Run, top: int = 1) -> str:
-    """A question and its best classes as lines of text."""
-    lines = [question]
-    for entry in ranked(chances, run, top):
+def answer_text(item: dict[str, Any]) -> str:
+    """A prediction as lines of text: the question, and its answer, entities or best classes."""
+    question = item["question"]
+    lines = [question if isinstance(question, str) else question[-1]["content"]]
+    lines += [f"  {item['answer'].strip()}"] if "answer" in item else []
+    lines += [f"  {entity['type']}: {entity['text']}" for entity in item.get("entities", [])]
+    for entry in item.get("entries", []):
         lines.append(f"  {entry['probability']:.3f}  {entry['label']}")
         if "answer" in entry:
             lines.append(f"         {entry['answer']}")

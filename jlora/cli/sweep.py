@@ -186,9 +186,12 @@ def check_folder(config: Config, out: Path, overwrite: bool) -> None:
     """Finds out before training whether a sweep can be written.
 
     Raises:
-        ValueError: the job asks for a mesh, or has no validation data.
+        ValueError: the job asks for a mesh, starts from an adapter, or has no validation data.
         OSError: there is something in the folder, or it can't be written to.
     """
+    if config.adapter.from_ is not None:
+        problem = f"a sweep draws new adapters of every rank, and adapter.from = {str(config.adapter.from_)!r}."
+        raise ValueError(complain("sweep", problem, [], "leave adapter.from out."))
     if config.run.mesh is not None or jax.process_count() > 1:
         fix = "leave run.mesh out, or train the ranks one by one."
         raise ValueError(

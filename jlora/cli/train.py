@@ -35,6 +35,7 @@ from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Snapshot, Step
 from jlora.recipes.holdout import hold_out
 from jlora.recipes.readers import Corpus, read_corpus
 from jlora.recipes.runs import Run
+from jlora.recipes.start import start_adapter
 from jlora.recipes.tasks import TASKS, Classes, Scores
 
 # Rows of the training data that a run without other data is measured on.
@@ -163,7 +164,8 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     corpus = read(config)
     loaded = runs.place_base(runs.load_base(config, corpus.labels), mesh)
     task = TASKS[data.task](config, loaded, corpus.labels, mesh)
-    params = runs.place_params(runs.wrap_base(config, loaded), loaded.model, mesh)
+    started = start_adapter(config, loaded, task.trained, corpus.labels)
+    params = runs.place_params(started, loaded.model, mesh)
     counts = summary(params, task.trained)
     # State and moments of what trains, for every checkpoint that is kept and the two being written.
     resume = runs.check_folder(config, needed=3 * 4 * counts.trainable * (config.run.keep + 2))

@@ -14,6 +14,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
 from jlora.core.errors import complain, count, nearest
 from jlora.recipes.readers import HUB, Format, Unit
 
@@ -129,6 +131,7 @@ class Adapter:
         rslora: scale by alpha / sqrt(rank) instead
         cap_rank: give a kernel without room for its rank the highest rank it can hold, instead of an error
         init: how A is drawn
+        from_: folder of an adapter to start from, a run's, jlora's or PEFT's, in place of a new one
     """
 
     rank: Annotated[int, Range(1)] = 8
@@ -139,6 +142,8 @@ class Adapter:
     rslora: bool = False
     cap_rank: bool = False
     init: Literal["uniform", "normal", "orthogonal"] = "uniform"
+    # "from" is a word of Python's own.
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +219,25 @@ class Output:
     overwrite: bool = False
     log_every: Annotated[int, Range(1)] = 10
     tensorboard: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a language model continues a text.
+
+    Attributes:
+        max_new_tokens: tokens to add to each prompt, at most
+        temperature: 0 takes the likeliest token each time, more draws
+        top_k: draw from the k likeliest tokens only
+        top_p: then from the fewest of them whose probabilities reach this
+        seed: seed of what is drawn
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,8 +322,8 @@ def _section(kind: type, values: Any, where: str, folder: Path, wrong: list[str]
     if not isinstance(values, Mapping):
         wrong.append(f"{where} = {values!r}  expected: a section [{where}]")
         return None
-    hints = get_type_hints(kind, include_extras=True)
-    known = {item.name: item for item in fields(kind)}
+    hints = {_key(name): _bare(hint) for name, hint in get_type_hints(kind, include_extras=True).items()}
+    known = {_key(item.name): item for item in fields(kind)}
     prefix = f"{where}." if where else ""
     for key in values:
         if key not in known:
@@ -307,7 +331,7 @@ def _section(kind: type, values: Any, where: str, folder: Path, wrong: list[str]
     arguments = {}
     for name, item in known.items():
         if name in values or is_dataclass(hints[name]):
-            arguments[name] = _entry(hints[name], values.get(name, {}), prefix + name, folder, wrong)
+            arguments[item.name] = _entry(hints[name], values.get(name, {}), prefix + name, folder, wrong)
         elif _required(item):
             wrong.append(f"{prefix}{name} is missing  expected: {_expected(hints[name])}")
     return None if wrong else kind(**arguments)
@@ -327,6 +351,17 @@ def _conflicts(config: Config) -> list[str]:
             if value is not None
         ]
     return conflicts
+
+
+def _key(name: str) -> str:
+    """The key of a field: its name, without the underscore that tells it from a word of Python's own."""
+    return name.removesuffix("_")
+
+
+def _bare(hint: Any) -> Any:
+    """A field's type without what only the command line reads."""
+    named = get_origin(hint) is Annotated and not any(isinstance(extra, Range) for extra in hint.__metadata__)
+    return get_args(hint)[0] if named else hint
 
 
 def _required(item: Field) -> bool:
@@ -412,7 +447,7 @@ def _expected(hint: Any) -> str:
 
 def _plain(config: Any) -> dict[str, Any]:
     """A dataclass as TOML's own kinds; what is None is left out."""
-    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    values = {_key(item.name): getattr(config, item.name) for item in fields(config)}
     return {name: _plain_value(value) for name, value in values.items() if value is not None}
 
 

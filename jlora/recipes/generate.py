@@ -421,6 +421,11 @@ def unusable_settings(max_new_tokens: int, temperature: float, top_k: int | None
     return offenders
 
 
+def unusable_seed(seed: int) -> list[str]:
+    """A seed out of range."""
+    return [] if 0 <= seed < 2**32 else [f"seed is {seed!r}  expected: a whole number from 0 to 4294967295"]
+
+
 def misfits(
     config: Any, rows: Sequence[Int[np.ndarray, "time"]], stops: Int[np.ndarray, "stops"], max_new_tokens: int
 ) -> list[str]:

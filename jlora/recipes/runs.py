@@ -325,7 +325,7 @@ def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None 
     config = configs.read(folder / CONFIG)
     if model is not None:
         config = configs.with_model(config, model)
-    labels, answers = _read_labels(folder / LABELS)
+    labels, answers = read_labels(folder / LABELS)
     loaded = place_base(load_base(config, labels), mesh)
     params = restore_adapter(folder / ADAPTER, loaded.params, model=loaded.model)
     params = place_params(params, loaded.model, mesh)
@@ -333,7 +333,12 @@ def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None 
     return Run(task=task, params=params, answers=answers, config=config)
 
 
-def _read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The labels of a run's labels.json, in the order of the logits, and what each of them says.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         labels = tuple(str(entry["label"]) for entry in entries)
