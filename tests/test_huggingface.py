@@ -462,6 +462,7 @@ sys.modules["torch"] = None
 from jlora.interop.huggingface import load_model
 loaded = load_model(sys.argv[1])
 print(loaded.model.head, float(loaded.params["classifier"]["bias"][0]))
+print(loaded.tokenizer.chat_template)
 """
 
 
@@ -469,6 +470,9 @@ def test_a_name_is_fetched_from_the_hub_that_the_environment_names(tmp_path):
     stored = tensors()
     folder = write(tmp_path / "served", stored)
     write_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text("a default")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     handler = type("Served", (Hub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -489,7 +493,8 @@ def test_a_name_is_fetched_from_the_hub_that_the_environment_names(tmp_path):
         server.server_close()
         thread.join()
     assert found.returncode == 0, found.stderr
-    assert found.stdout == f"classification {float(stored['classifier.bias'][0])}\n"
+    templates = {"default": "a default", "tool_use": "with tools"}
+    assert found.stdout == f"classification {float(stored['classifier.bias'][0])}\n{templates}\n"
     assert any(path.endswith("/model.safetensors") for path in handler.asked)
     assert not any(path.endswith(".bin") for path in handler.asked)
     assert lost.returncode == 1

@@ -17,6 +17,7 @@ from jlora.core.tree import adapter_leaf
 from jlora.core.tree import merge as fold
 from jlora.interop.huggingface import save_model
 from jlora.interop.peft import save_peft
+from jlora.interop.tokenizer import save_tokenizer
 from jlora.recipes.inspection import Description, Target, describe_adapter, load_adapted
 from jlora.recipes.runs import SPECTRUM
 
@@ -95,7 +96,7 @@ def merge(folder: Path, out: Path, *, model: str | None, dtype: str | None, over
 
 
 def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite: bool) -> None:
-    """Writes an adapter as a PEFT folder.
+    """Writes an adapter as a PEFT folder, with the tokenizer it was trained with.
 
     Args:
         folder: of a training run, of `save_adapter`, or of PEFT.
@@ -119,6 +120,8 @@ def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite
         base=adapted.loaded.params,
         dropout=adapted.dropout,
     )
+    if adapted.loaded.tokenizer is not None:
+        save_tokenizer(out, adapted.loaded.tokenizer)
     print(f"{folder} exported for {'PEFT' if target == 'peft' else 'vLLM'}: {out}")
 
 

@@ -15,10 +15,11 @@ from jlora.interop.chat import stop_tokens
 from jlora.interop.huggingface import LoadedModel, load_model
 from jlora.interop.peft import load_peft
 from jlora.interop.peft_files import advise
+from jlora.interop.tokenizer import use_tokenizer
 from jlora.recipes.batches import prompt_ids
 from jlora.recipes.generate import stream, unusable_seed, unusable_settings
 from jlora.recipes.readers import Message
-from jlora.recipes.runs import ADAPTER
+from jlora.recipes.runs import ADAPTER, TOKENIZER
 from jlora.training.checkpoint import restore_adapter
 
 LOST = "\N{REPLACEMENT CHARACTER}"
@@ -64,6 +65,9 @@ def generate(
         raise ValueError(complain("generate", "nothing can be generated.", wrong, fix))
     texts = decode_arguments("generate", prompts) or [read_input("generate").removesuffix("\n")]
     loaded = load_model(name, dtype=dtype)
+    if adapter is not None:
+        # The tokenizer that the adapter was trained with lies in its folder, or in that of the run around it.
+        loaded = use_tokenizer(use_tokenizer(loaded, adapter), adapter / TOKENIZER)
     if loaded.tokenizer is None:
         fix = "add the tokenizer's files to the model's folder."
         raise ValueError(complain("generate", f"{name} has no tokenizer.", [], fix))

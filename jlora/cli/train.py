@@ -187,7 +187,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
         wait_for_all("folder checked")
         if jax.process_index() == 0:
             with can_be_written(config.output.folder):
-                runs.begin_run(config, corpus.labels, corpus.answers, resume=resume)
+                runs.begin_run(config, corpus.labels, corpus.answers, tokenizer=loaded.tokenizer, resume=resume)
         wait_for_all("run begun")
 
     kept, best = follow(job, console, begin)

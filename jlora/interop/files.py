@@ -23,7 +23,9 @@ def staged(folder: str | Path, last: str = "config.json") -> Iterator[Path]:
     stage.mkdir()
     try:
         yield stage
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == last):
-            file.replace(folder / file.name)
+        files = [file.relative_to(stage) for file in stage.rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file == Path(last)):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (stage / file).replace(folder / file)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

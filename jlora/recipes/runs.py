@@ -4,6 +4,7 @@
 
     config.toml           the job
     labels.json           its classes, with what each says
+    tokenizer/            the tokenizer and chat template it was trained with
     adapter/              the best adapter so far, and the leaves trained in full
     checkpoints/          the newest states, to go on from
     metrics.jsonl         losses and evaluations
@@ -29,6 +30,7 @@ from jlora.core.paths import Tree, map_with_path
 from jlora.core.targets import Targets
 from jlora.core.tree import attach, extract, join, split, uniform, wrap
 from jlora.interop.huggingface import LoadedModel, initialise, load_model
+from jlora.interop.tokenizer import save_tokenizer, use_tokenizer
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
 from jlora.recipes.tasks import TASKS, Task
@@ -37,8 +39,8 @@ from jlora.training.sharding import make_mesh, place, shardings
 
 ADAPTER, CONFIG, LABELS, CHECKPOINTS = "adapter", "config.toml", "labels.json", "checkpoints"
 METRICS, RESULT, CURVE, CARD, EVENTS = "metrics.jsonl", "result.json", "learning_curve.png", "README.md", "events"
-SPECTRUM = "spectrum.png"
-FILES = (CONFIG, ADAPTER, LABELS, CHECKPOINTS, METRICS, RESULT, CURVE, SPECTRUM, CARD, EVENTS)
+SPECTRUM, TOKENIZER = "spectrum.png", "tokenizer"
+FILES = (CONFIG, ADAPTER, LABELS, TOKENIZER, CHECKPOINTS, METRICS, RESULT, CURVE, SPECTRUM, CARD, EVENTS)
 
 INITIALIZERS = {
     "uniform": uniform,
@@ -245,13 +247,21 @@ def differences(before: Config, now: Config) -> list[str]:
     return [f"was {line}" for line in old if line not in new] + [f"now {line}" for line in new if line not in old]
 
 
-def begin_run(config: Config, labels: Sequence[str], answers: Mapping[str, str], *, resume: bool = False) -> None:
+def begin_run(
+    config: Config,
+    labels: Sequence[str],
+    answers: Mapping[str, str],
+    *,
+    tokenizer: Any = None,
+    resume: bool = False,
+) -> None:
     """Writes all of a run that is known before training, and clears the folder of an earlier one.
 
     Args:
         config: the job.
         labels: its classes.
         answers: what each of them says; empty where none were given.
+        tokenizer: what the run's texts are tokenized with; None to leave it with the base.
         resume: the run was begun before, and is gone on with.
 
     Raises:
@@ -275,6 +285,8 @@ def begin_run(config: Config, labels: Sequence[str], answers: Mapping[str, str],
     if not resume:
         write_whole(folder / CONFIG, configs.to_toml(config))
     write_whole(folder / LABELS, text)
+    if tokenizer is not None and not (folder / TOKENIZER).exists():
+        save_tokenizer(folder / TOKENIZER, tokenizer)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -326,7 +338,7 @@ def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None 
     if model is not None:
         config = configs.with_model(config, model)
     labels, answers = read_labels(folder / LABELS)
-    loaded = place_base(load_base(config, labels), mesh)
+    loaded = use_tokenizer(place_base(load_base(config, labels), mesh), folder / TOKENIZER)
     params = restore_adapter(folder / ADAPTER, loaded.params, model=loaded.model)
     params = place_params(params, loaded.model, mesh)
     task = TASKS[config.data.task](config, loaded, labels, mesh)
