@@ -193,6 +193,24 @@ def test_a_parquet_file_with_any_byte_damaged_is_read_or_is_one_error(tmp_path):
     assert wrong > 0.5 * len(whole)
 
 
+def test_a_compressed_file_with_any_byte_damaged_is_read_or_is_one_error(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(b"".join(b'{"text": "word %d"}\n' % n for n in range(40)), mtime=0)
+    path.write_bytes(whole)
+    expected = bare(read_records(path, "causal_lm"))
+    wrong = 0
+    damages = [whole[:n] + bytes([whole[n] ^ 0x55]) + whole[n + 1 :] for n in range(len(whole))]
+    for damaged in [whole[:n] for n in range(1, len(whole))] + damages:
+        path.write_bytes(damaged)
+        try:
+            assert bare(read_records(path, "causal_lm")) == expected
+        except ValueError as error:
+            assert str(error).splitlines()[1].startswith(f"  {path}:")
+            wrong += 1
+    # Time, system and a few flags of the header are the only bytes that do not matter.
+    assert wrong > 2 * len(whole) - 16
+
+
 def test_a_folder_gives_the_files_that_say_the_split_or_all_of_them(tmp_path):
     def lines(name, *texts):
         path = tmp_path / name
@@ -388,7 +406,11 @@ def test_columns_under_other_names_are_one_error_that_says_what_to_set(write):
         "  train.jsonl:1  no field 'text'  nearest: 'intent'  columns: 'id', 'sentence', 'intent'",
         'Fix: set data.text = "sentence" and data.label = "intent".',
     ]
-    assert fix("instruction", train=[{"question": "q", "reply": "a"}])[-1] == 'Fix: set data.answer = "reply".'
+    assert fix("instruction", train=[{"question": "q", "reply": "a"}]) == [
+        "  train.jsonl:1  no field 'answer'  nearest: 'reply'  columns: 'question', 'reply'",
+        'Fix: set data.answer = "reply".',
+    ]
+    assert fix("sequence_classification", train__csv="text\nx\n")[-1] == "Fix: add or rename the columns in the files."
     assert fix("instruction", train=[{"query": "q", "response": "a"}])[-1] == (
         'Fix: set data.question = "query" and data.answer = "response".'
     )
@@ -588,9 +610,9 @@ def test_the_format_can_be_chosen_and_an_input_has_any_name(write):
     path = write(a=[dolly])["a"]
     (chat,) = read_records(path, "instruction", fields={"answer": "response", "input": "context"})
     assert [message["content"] for message in chat.messages] == ["q\n\nc", "a"]
-    assert problem(read_records, write(a=[both | {"input": "x"}])["a"], "instruction").splitlines()[1] == (
-        "  a.jsonl:1  'input' and 'messages' are two formats: delete one of them"
-    )
+    # Columns of other formats are like any others.
+    path = write(a=[{"messages": TURNS, "input": 3, "history": 4}])["a"]
+    assert bare(read_records(path, "instruction")) == [Chat(tuple(TURNS))]
 
 
 CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}
@@ -617,6 +639,9 @@ def test_calls_of_tools_and_weights_are_read(write, tmp_path, monkeypatch):
     chats = [[TURNS[1], {"role": "assistant", "tool_calls": [call]}] for call in (CALL, other)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": chat} for chat in chats]), "b.parquet")
     assert bare(read_records("b.parquet", "instruction")) == [Chat(tuple(chat)) for chat in chats]
+    blank = {"tool_calls": [], "name": "", "reasoning_content": " ", "tool_call_id": None}
+    path = write(a=[{"messages": [turn | blank for turn in TURNS]}])["a"]
+    assert bare(read_records(path, "instruction")) == [Chat(tuple(TURNS))]
     path = write(a=[{"messages": [TURNS[1] | {"weight": 0}, TURNS[2] | {"weight": 1}], "tools": None}])["a"]
     assert bare(read_records(path, "instruction")) == [Chat(tuple(TURNS[1:]))]
 
@@ -643,10 +668,19 @@ def test_what_a_message_can_not_say_is_refused_by_name(write):
         'expected {"type": "function", "function": {"name": ..., "arguments": {...}}}',
         "'messages[1].tool_calls[0].function.arguments' is '{', expected JSON",
     ]
-    path = write(a=[{"messages": messages} for messages in rows] + [{"messages": TURNS, "tools": {"a": 1}}])["a"]
+    more = [
+        {"messages": TURNS, "tools": {"a": 1}},
+        {"messages": TURNS, "system": "s"},
+        {"prompt": [user], "completion": "a", "input": "x"},
+        {"instruction": "q", "output": "a", "history": [["q"]]},
+    ]
+    path = write(a=[{"messages": messages} for messages in rows] + more)["a"]
     assert problem(read_records, path, "instruction").splitlines()[1:-1] == [
         *(f"  a.jsonl:{n}  {line}" for n, line in enumerate(expected, 1)),
         "  a.jsonl:8  'tools' is {'a': 1}, expected a list of JSON schemas",
+        "  a.jsonl:9  'system' and the first message are two system messages",
+        "  a.jsonl:10  'input' can't follow 'prompt', a list of messages",
+        "  and 1 more",
     ]
 
 

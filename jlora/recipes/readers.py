@@ -163,10 +163,12 @@ class Form(NamedTuple):
     Attributes:
         name: of the format.
         columns: the columns that make a record, by their role.
+        optional: columns that are read where they are there, by their role.
     """
 
     name: str
     columns: Mapping[str, str]
+    optional: Mapping[str, str] = MappingProxyType({})
 
 
 class Schema(NamedTuple):
@@ -176,14 +178,12 @@ class Schema(NamedTuple):
         forms: the formats; the first whose columns are all there is read.
         build: makes the record of {role: (column, value)}, or raises ValueError with the reason.
         suffixes: of the files that are read.
-        optional: columns that are read where they are there, by their role.
         section: the config section that can name the columns; None where they have fixed names.
     """
 
     forms: tuple[Form, ...]
     build: Callable[[dict[str, tuple[str, Any]], str], Any]
     suffixes: tuple[str, ...]
-    optional: Mapping[str, str] = MappingProxyType({})
     section: str | None = "data"
 
     def __str__(self) -> str:
@@ -192,9 +192,7 @@ class Schema(NamedTuple):
     @property
     def names(self) -> set[str]:
         """All columns that may be read."""
-        return {
-            name for columns in (*(form.columns for form in self.forms), self.optional) for name in columns.values()
-        }
+        return {name for form in self.forms for name in (*form.columns.values(), *form.optional.values())}
 
     def match(self, columns: Collection[str]) -> Form:
         """The first format whose columns are all there, with the optional ones that are there too.
@@ -204,7 +202,7 @@ class Schema(NamedTuple):
         """
         for form in self.forms:
             if all(name in columns for name in form.columns.values()):
-                more = {role: name for role, name in self.optional.items() if name in columns}
+                more = {role: name for role, name in form.optional.items() if name in columns}
                 return form._replace(columns={**form.columns, **more})
         present = [sum(name in columns for name in form.columns.values()) for form in self.forms]
         if len(self.forms) > 1 and not any(present):
@@ -282,8 +280,9 @@ def read_corpus(
     prompt_completion     prompt, completion                texts, or lists of messages; the completion is learned
     ====================  ================================  ====================================================
 
-    Columns of these formats that are read where they are there: input (follows the question), system (a system message
-    before all), history ([question, answer] pairs before the question), tools (JSON schemas for the chat template).
+    More columns are read where they are there: system (a message before all others) and tools (JSON schemas for
+    the chat template); beside a question or a prompt, input (a text that follows it); of alpaca, history (pairs of
+    earlier questions and answers). Other columns are ignored.
 
     Args:
         sources: {"train": ..., "validation": ..., "test": ...}, all but the first of which may be left out. Each
@@ -348,7 +347,8 @@ def find_schema(task: Task, fields: Mapping[str, str], format: Format = "auto") 
     """
     known = SCHEMAS[task]
     roles = list(dict.fromkeys(role for form in known.forms for role in form.columns))
-    unknown = [name for name in fields if name not in (*roles, *known.optional)]
+    optional = {role for form in known.forms for role in form.optional}
+    unknown = [name for name in fields if name not in (*roles, *optional)]
     if unknown:
         problem = f"{count(len(unknown), 'field is', 'fields are')} none of {task}'s."
         offenders = [f"{name!r}  nearest: {nearest(name, roles, 1)[0]!r}" for name in unknown]
@@ -357,18 +357,18 @@ def find_schema(task: Task, fields: Mapping[str, str], format: Format = "auto") 
     if not forms:
         problem = f"{task} has no format {format!r}."
         raise ValueError(complain("data", problem, [], "leave data.format out."))
-    named = {role for role in fields if role not in known.optional}
-    forms = [form for form in forms if named <= set(form.columns)]
+    forms = [form for form in forms if set(fields) <= {*form.columns, *form.optional}]
     if not forms:
         problem = f"fields of two formats are named: {quoted(fields)}."
         raise ValueError(complain("data", problem, [], f"name {known}."))
-    renamed = {
-        tuple(columns.values()): form._replace(columns=columns)
-        for form in reversed(forms)
-        for columns in [{role: fields.get(role, name) for role, name in form.columns.items()}]
-    }
-    optional = {role: fields.get(role, name) for role, name in known.optional.items()}
-    return known._replace(forms=tuple(reversed(renamed.values())), optional=optional)
+
+    def rename(columns: Mapping[str, str]) -> dict[str, str]:
+        return {role: fields.get(role, name) for role, name in columns.items()}
+
+    renamed = [Form(form.name, rename(form.columns), rename(form.optional)) for form in forms]
+    # Formats that differ in the names of their columns alone are one where the user names them.
+    first = {tuple(form.columns.values()): form for form in reversed(renamed)}
+    return known._replace(forms=tuple(reversed(first.values())))
 
 
 def _read(
@@ -397,7 +397,9 @@ def _mapping_fix(mappings: Sequence[Sequence[str]]) -> str:
     """The fix of files that lack columns and have no other fault."""
     settings = list(dict.fromkeys(setting for mapping in mappings for setting in mapping))
     keys = {setting.partition(" = ")[0] for setting in settings}
-    if not all(mappings) or len(keys) < len(settings):
+    if not all(mappings):
+        return "add or rename the columns in the files."
+    if len(keys) < len(settings):
         return "give the columns the same names in all files."
     return f"set {' and '.join(settings)}."
 
@@ -561,8 +563,8 @@ def _records(
     if not records and len(incomplete) == len(wrong) - before > 0:
         # No line has the columns: their names are wrong, and not the lines.
         first = incomplete[0]
-        listed = str(first) if len(schema.forms) > 1 else f"{first}  columns: {quoted(first.columns)}"
-        wrong[before:] = [f"{first.at}  {listed}"]
+        listed = "" if str(first).endswith(quoted(first.columns)) else f"  columns: {quoted(first.columns)}"
+        wrong[before:] = [f"{first.at}  {first}{listed}"]
         mappings.append(first.mapping)
     elif not records and len(wrong) == before:
         wrong.append(f"{path}  the file is empty")
@@ -884,13 +886,12 @@ def _chat(values: dict[str, tuple[str, Any]], at: str) -> Chat:
 def _turns(values: dict[str, tuple[str, Any]]) -> list[Message]:
     """The messages of a chat without the system's own column."""
     if "messages" in values:
-        beside = [values[role][0] for role in ("input", "history") if not _is_blank(values.get(role, ("", None))[1])]
-        if beside:
-            raise ValueError(f"{quoted(beside)} and {values['messages'][0]!r} are two formats: delete one of them")
         return _messages(*values["messages"])
     messages = [] if "history" not in values else _history(*values["history"])
     (ask, question), (reply, answer) = values["question"], values["answer"]
     if isinstance(question, list):
+        if not _is_blank(values.get("input", ("", None))[1]):
+            raise ValueError(f"{values['input'][0]!r} can't follow {ask!r}, a list of messages")
         # The messages of a prompt are not learned, whoever wrote them.
         messages += [_unlearned(message) for message in _messages(ask, question)]
     else:
@@ -944,8 +945,8 @@ def is_learned(message: Message) -> bool:
 
 
 def _message(name: str, found: Any) -> Message:
-    # Many writers give every message all keys, and those that a message lacks the value null.
-    given = {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    # Many writers give every message all keys, and a blank value where a message has nothing to say.
+    given = {key: value for key, value in found.items() if not _is_blank(value)} if isinstance(found, dict) else {}
     if "from" in given and "role" not in given:
         # ShareGPT's names of the keys and of who speaks.
         spoken = str(given.pop("from"))
@@ -967,8 +968,8 @@ def _message(name: str, found: Any) -> Message:
             raise ValueError(f"{name!r} has 'tool_calls', but role {role!r}")
         message["tool_calls"] = _tool_calls(f"{name}.tool_calls", given["tool_calls"])
     # A message that calls tools may say nothing.
-    if not message.get("tool_calls") or str(given.get("content", "")).strip():
-        message["content"] = _string(f"{name}.content", given.get("content"))
+    if "tool_calls" not in given or "content" in given:
+        message["content"] = _string(f"{name}.content", found.get("content", found.get("value")))
     for key in ("reasoning_content", "tool_call_id", "name"):
         if key in given:
             message[key] = _string(f"{name}.{key}", given[key])
@@ -1044,7 +1045,8 @@ def _form(name: str, *roles: str) -> Form:
     return Form(name, {role: role for role in roles})
 
 
-# What may be compressed by gzip is read so too.
+CHAT_COLUMNS = {name: name for name in ("system", "tools")}
+QUESTION_COLUMNS = {"input": "input", **CHAT_COLUMNS}
 SCHEMAS: dict[str, Schema] = {
     "sequence_classification": Schema((_form("labeled texts", "text", "label"),), _labelled, TABLES),
     "token_classification": Schema(
@@ -1055,15 +1057,14 @@ SCHEMAS: dict[str, Schema] = {
     "causal_lm": Schema((_form("texts", "text"),), _text, (*TABLES, ".txt")),
     "instruction": Schema(
         (
-            _form("messages", "messages"),
-            Form("sharegpt", {"messages": "conversations"}),
-            _form("question_answer", "question", "answer"),
-            Form("alpaca", {"question": "instruction", "answer": "output"}),
-            Form("prompt_completion", {"question": "prompt", "answer": "completion"}),
+            Form("messages", {"messages": "messages"}, CHAT_COLUMNS),
+            Form("sharegpt", {"messages": "conversations"}, CHAT_COLUMNS),
+            Form("question_answer", {"question": "question", "answer": "answer"}, QUESTION_COLUMNS),
+            Form("alpaca", {"question": "instruction", "answer": "output"}, {**QUESTION_COLUMNS, "history": "history"}),
+            Form("prompt_completion", {"question": "prompt", "answer": "completion"}, QUESTION_COLUMNS),
         ),
         _chat,
         TABLES,
-        {name: name for name in ("input", "system", "history", "tools")},
     ),
 }
 
