@@ -263,6 +263,20 @@ def test_rows_that_can_not_be_placed_are_named(saved, folder):
         load_peft(folder, loaded.model, loaded.params)
 
 
+def test_rows_of_a_head_whose_bias_peft_leaves_out_are_refused(bases, tmp_path):
+    base, folder = bases("bert masked")
+    model = adapt_torch(base, target_modules=["query"], trainable_token_indices={"word_embeddings": [3, 7]})
+    model.save_pretrained(tmp_path)
+    without, loaded = copy.deepcopy(base), load_model(folder)
+    with torch.no_grad():
+        without.cls.predictions.decoder.bias.zero_()
+    untrained = peft.LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [3, 7]})
+    theirs = run_torch(peft.get_peft_model(copy.deepcopy(base), untrained))
+    np.testing.assert_allclose(theirs, run_torch(without), atol=1e-5)
+    with pytest.raises(ValueError, match=r"'cls.predictions.decoder' has a bias, which PEFT leaves out where"):
+        load_peft(tmp_path, loaded.model, loaded.params)
+
+
 def test_an_adapter_of_a_resized_base_names_the_option_that_loads_it(bases, tmp_path):
     base, folder = bases("llama")
     grown = copy.deepcopy(base)
@@ -324,6 +338,32 @@ def read_all(folder):
 SLOW = r"(?:.|..|...)+(?<=!)"
 
 
+def spoil(file, damage):
+    """Damages a file: cuts it, empties it, deletes it, or flips one bit of the byte at a fraction of it."""
+    whole = file.read_bytes()
+    if damage == "deleted":
+        file.unlink()
+    elif damage in ("cut", "emptied"):
+        file.write_bytes(whole[: len(whole) // 2] if damage == "cut" else b"")
+    else:
+        place = int(damage * (len(whole) - 1))
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_the_commands_name_every_damage_without_a_traceback(name, saved, folder, tmp_path, capsys):
+    whole, outcomes = (saved[2] / name).read_bytes(), []
+    for damage in ("cut", "emptied", "deleted", 0, 0.001, 0.01, 0.1, 0.3, 0.7, 0.9, 1):
+        (folder / name).write_bytes(whole)
+        spoil(folder / name, damage)
+        for command in (["inspect", str(folder)], ["merge", str(folder), "--out", str(tmp_path / "out")]):
+            assert main(command) == 2, (damage, command)
+            shown = capsys.readouterr().err
+            assert "\nFix: " in shown and "Traceback" not in shown, (damage, command)
+            outcomes.append(damage)
+    assert len(outcomes) == 22 and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -359,9 +399,10 @@ def test_a_pattern_that_is_slow_or_wrong_is_an_error_and_no_hang(field, value, s
         ({"modules_to_save": "lm_head"}, 'modules_to_save = "lm_head", not a list of names'),
         ({"layers_to_transform": "1"}, 'layers_to_transform = "1", not numbers of layers'),
         (
-            {"init_lora_weights": "olora"},
-            r"'olora', which changed the base: .*path_initial_model_for_weight_conversion",
+            {"init_lora_weights": "OLoRA"},
+            r"'OLoRA', which changed the base: .*path_initial_model_for_weight_conversion",
         ),
+        ({"init_lora_weights": "loftq"}, r"'loftq', which changed the base: merge it in PEFT"),
     ],
 )
 def test_fields_of_another_kind_are_named(config, reason, saved, folder):

@@ -64,8 +64,9 @@ VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
     *("target_parameters", "use_bdlora", "use_dora", "use_qalora"),
 )
-# Initialisations that take something out of the base's own weights.
+# Initializations that take something out of the base's own weights, and those of them that PEFT turns into plain LoRA.
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
 # How the models call the tables and heads that have a row for each token.
 VOCABULARIES = {name.split(".")[-2] for family in FAMILIES.values() for pair in family.copies.items() for name in pair}
 # Keys may hold the adapter's name: lora_A.default.weight.
@@ -525,11 +526,16 @@ def read_config(folder: File) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         offenders.append(f"peft_type = {json.dumps(config.get('peft_type'))}, known: LORA")
     init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(CHANGED_BASE):
+    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
+        convert = "merge it in PEFT"
+        if init.lower().startswith(CONVERTIBLE):
+            convert = (
+                "save it from PEFT with save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER), "
+                "which makes it plain LoRA"
+            )
         offenders.append(
-            f"init_lora_weights = {init!r}, which changed the base: save it from PEFT with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=FOLDER), which makes it plain LoRA, or "
-            "write true there if params is the base as it was changed"
+            f"init_lora_weights = {init!r}, which changed the base: {convert}, or write true there if params is the "
+            "base as it was changed"
         )
     offenders += misfit_fields(config)
     if offenders:
@@ -672,9 +678,14 @@ def replace_rows(
         rows[np.asarray(ids, int)] = values
         plain[name] = rows
         # PEFT ties the rows of a tied head to those of its table.
-        for copy, source in table.copies.items():
-            if source == name and module_of(copy) not in tokens:
-                plain[copy] = rows
+        tied = [copy for copy, source in table.copies.items() if source == name and module_of(copy) not in tokens]
+        plain |= dict.fromkeys(tied, rows)
+        heads = [module_of(copy) for copy in tied] + ([module] if slot.kind == "linear" else [])
+        offenders += [
+            f"{head!r} has a bias, which PEFT leaves out where trainable_token_indices reach a head"
+            for head in heads
+            if f"{head}.bias" in table.tensors or f"{head}.bias" in table.copies
+        ]
     return offenders
 
 
