@@ -1,6 +1,5 @@
 """LoRA fine-tuning for JAX and Flax as two pure functions on parameter trees and on the functions that read them."""
 
-from jlora.core.adapt import adapt, infer_layout
 from jlora.core.spectrum import Spectrum, allocate, gradient_norms, resize, spectrum
 from jlora.core.targets import Rule
 from jlora.core.tree import Summary, attach, extract, join, mask, merge, split, summary, unwrap, wrap
@@ -15,6 +14,9 @@ from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.losses import cross_entropy
 from jlora.training.optimizer import optimizer
 from jlora.training.step import TrainState, make_train_step
+from jlora.transform.adapt import adapt
+from jlora.transform.infer import infer_layout
+from jlora.transform.registry import register_rule
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,7 @@ __all__ = [
     "merge",
     "optimizer",
     "plan",
+    "register_rule",
     "resize",
     "restore_adapter",
     "save_adapter",

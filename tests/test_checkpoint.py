@@ -20,12 +20,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import core, nnx
 
-from jlora.core.adapt import adapt
 from jlora.core.paths import flatten, map_with_path
 from jlora.core.tree import join, split, wrap
 from jlora.training import checkpoint
 from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.step import TrainState, make_train_step
+from jlora.transform.adapt import adapt
 
 CONTAINERS = {"dict": dict, "FrozenDict": core.freeze, "State": nnx.State}
 

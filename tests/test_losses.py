@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jlora.core.adapt import adapt
 from jlora.core.tree import join, merge, split, wrap
 from jlora.training.losses import cross_entropy
+from jlora.transform.adapt import adapt
 
 
 def head(params, hidden):

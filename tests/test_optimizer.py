@@ -8,10 +8,10 @@ import pytest
 from flax import core, nnx
 from flax.training.train_state import TrainState
 
-from jlora.core.adapt import adapt
 from jlora.core.paths import flatten
 from jlora.core.tree import join, split, wrap
 from jlora.training.optimizer import optimizer
+from jlora.transform.adapt import adapt
 
 CONTAINERS = {"dict": dict, "FrozenDict": core.freeze, "State": nnx.State}
 

@@ -7,10 +7,10 @@ import optax
 import pytest
 from flax import core, nnx
 
-from jlora.core.adapt import adapt
 from jlora.core.paths import flatten, map_with_path
 from jlora.core.tree import join, split, wrap
 from jlora.training.step import TrainState, make_train_step
+from jlora.transform.adapt import adapt
 
 CONTAINERS = {"dict": dict, "FrozenDict": core.freeze, "State": nnx.State}
 

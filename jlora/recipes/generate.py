@@ -17,10 +17,10 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jlora.core.adapt import adapt
 from jlora.core.errors import complain, count, quoted
 from jlora.core.paths import Tree
 from jlora.models.layers import Cache
+from jlora.transform.adapt import adapt
 
 SHORTEST = 16  # tokens of the smallest bucket
 STOPS = 8  # stop tokens of the smallest bucket

@@ -15,7 +15,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key
 
-from jlora.core.adapt import adapt
 from jlora.core.paths import Tree
 from jlora.interop.huggingface import LoadedModel
 from jlora.recipes.batches import Row, ordered_batches
@@ -24,6 +23,7 @@ from jlora.recipes.metrics import entity_scores, macro_f1
 from jlora.recipes.readers import OUTSIDE
 from jlora.training.losses import cross_entropy
 from jlora.training.sharding import place_batch
+from jlora.transform.adapt import adapt
 
 LossFn = Callable[[Tree, dict[str, Any], Key[Array, ""]], Float[Array, ""]]
 

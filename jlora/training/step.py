@@ -13,7 +13,7 @@ from jlora.core.errors import complain
 from jlora.core.layouts import A, B
 from jlora.core.paths import Tree, map_with_path
 from jlora.core.tree import join
-from jlora.core.versions import unread
+from jlora.transform.jaxprs import unread
 
 Batch = Any
 Metrics = dict[str, Any]

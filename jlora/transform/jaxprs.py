@@ -1,6 +1,6 @@
-"""All that differs between JAX 0.10, 0.11 and 0.12, and the only file that reads a primitive's parameters by name.
+"""Access to jaxprs: all that differs between JAX 0.10, 0.11 and 0.12, and all reading of a primitive's parameters.
 
-From 0.11 on Jaxpr and ClosedJaxpr are one class, and scan tells its consts and carry by `ft_in` instead of by
+From 0.11 on Jaxpr and ClosedJaxpr are one class, and scan describes its consts and carry by `ft_in` instead of by
 `num_consts` and `num_carry`.
 """
 
@@ -18,6 +18,18 @@ Equation = Any
 Value = Any
 
 REMAT = primitives.remat_p.name
+
+
+class FunctionSource(NamedTuple):
+    """The place where a function is defined, which identifies it in a jaxpr.
+
+    Attributes:
+      file: path of the source file.
+      line: of its first line, decorators included.
+    """
+
+    file: str
+    line: int
 
 
 class Body(NamedTuple):
@@ -106,6 +118,18 @@ def run(equation: Equation, values: Sequence[Value]) -> list[Value]:
 
 def _debug(inputs: int, outputs: int) -> core.DebugInfo:
     return core.DebugInfo("jlora", "equation", ("",) * inputs, ("",) * outputs)
+
+
+def is_primitive(value: Any) -> bool:
+    return isinstance(value, core.Primitive)
+
+
+def custom_function(equation: Equation) -> FunctionSource | None:
+    """Where the function of a custom_jvp or custom_vjp call is defined; None for any other equation."""
+    if equation.primitive.name not in ("custom_jvp_call", "custom_vjp_call"):
+        return None
+    info = closed_call(equation).jaxpr.debug_info
+    return FunctionSource(info.func_filename, info.func_lineno)
 
 
 def is_literal(var: Any) -> bool:
