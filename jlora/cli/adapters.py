@@ -92,7 +92,8 @@ def merge(folder: Path, out: Path, *, model: str | None, dtype: str | None, over
     adapted = load_adapted(folder, model, dtype=dtype)
     params = fold(adapted.params) if dtype is None else cast(adapted.params, jnp.dtype(dtype))
     save_model(out, adapted.loaded.model, params, adapted.loaded.tokenizer)
-    print(f"{folder} merged into its base: {out}")
+    form = ", for sentence-transformers: its embeddings are the logits" if adapted.loaded.model.pools_apart else ""
+    print(f"{folder} merged into its base: {out}{form}")
 
 
 def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite: bool) -> None:
@@ -123,6 +124,11 @@ def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite
     if adapted.loaded.tokenizer is not None:
         save_tokenizer(out, adapted.loaded.tokenizer)
     print(f"{folder} exported for {'PEFT' if target == 'peft' else 'vLLM'}: {out}")
+    if adapted.loaded.model.pools_apart:
+        print(
+            "PEFT opens the adapter of the body; the pooling and the classifier beside it are sentence-transformers'. "
+            "For a classifier that PEFT opens alone, train with --model.pooling pooler."
+        )
 
 
 def check_out(who: str, out: Path, overwrite: bool) -> None:

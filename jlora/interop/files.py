@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def staged(folder: str | Path, last: str = "config.json") -> Iterator[Path]:
-    """A temporary folder whose files take their places in `folder` once all of them are written.
+    """A temporary folder whose files, those of its subfolders too, take their places in `folder` once all are written.
 
     What fails on the way leaves `folder` as it was. Files of the same names are replaced, one rename each; others stay.
 

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from jlora.core.errors import complain, count
 from jlora.core.paths import flatten
 from jlora.core.tree import is_wrapped, merge
+from jlora.interop import sentence_transformers
 from jlora.interop.families import FAMILIES, LABELLED, Family, Weight, family_of, weights
 from jlora.interop.files import staged
 from jlora.interop.folder import (
@@ -39,7 +40,6 @@ from jlora.interop.folder import (
 from jlora.interop.formats import find_shards, missing_config, missing_weights, not_a_folder, unknown_model
 from jlora.interop.quantized import find_quantization
 from jlora.interop.tokenizer import delete_tokenizer, read_tokenizer, write_tokenizer
-from jlora.models.bert import Bert
 from jlora.models.layers import Origin
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -84,11 +84,12 @@ class Tensor(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    stored_name: str | None = None  # its name in the file, where that is another
 
     def read(self) -> np.ndarray:
         # The file is mapped anew for each tensor: pages of a map that stays open add up to a second copy of the base.
         with safe_open(self.file, framework="numpy") as file:
-            return file.get_tensor(self.name)
+            return file.get_tensor(self.stored_name or self.name)
 
 
 def load_model(
@@ -141,7 +142,10 @@ def load_model(
     config = read_config(folder, labels, num_labels)
     labelled = labels is not None or num_labels is not None
     architecture = next(iter(config.architectures or ()), None)
-    head = choose_head(family, architecture, labelled) if head == "auto" else head
+    pooling = read_pooling(folder) if family.pooled and pooling == "auto" else pooling
+    dense = find_dense(folder, pooling) if family.pooled else None
+    if head == "auto":
+        head = choose_head(family, "classification" if dense else None, architecture, labelled)
     check_head(family, head, labelled, pooling)
     tokenizer = read_tokenizer(folder, config)
     compute_dtype = dtype if compute_dtype is None else compute_dtype
@@ -155,7 +159,6 @@ def load_model(
         folder=str(folder.resolve()),
         revision=revision,
     )
-    pooling = read_pooling(folder) if family.pooled and pooling == "auto" else pooling
     model = family.build(config, head=head, pooling=pooling, dtype=compute_dtype, origin=origin, scan=scan, remat=remat)
     if abstract:
         return LoadedModel(model=model, params=shapes(model, dtype), tokenizer=tokenizer, config=config)
@@ -166,17 +169,18 @@ def load_model(
         dtype=dtype,
         sharding=sharding,
         # Names alone don't tell: a module of one name may classify texts or tokens.
-        other_head=architecture is not None and architecture != family.heads.get(str(head)),
+        other_head=dense is None and architecture is not None and architecture != family.heads.get(str(head)),
         add_head=labelled,
+        dense=dense if head == "classification" else None,
         copies=family.tied(head) if config.tie_word_embeddings else {},
         key=jax.random.key(0) if key is None else key,
     )
     return LoadedModel(model=model, params=params, tokenizer=tokenizer, config=config, new=new)
 
 
-def choose_head(family: Family, architecture: str | None, labelled: bool) -> str | None:
-    """The head that the checkpoint has, or the one that labels ask for."""
-    own = next((name for name, value in family.heads.items() if value == architecture), None)
+def choose_head(family: Family, beside: str | None, architecture: str | None, labelled: bool) -> str | None:
+    """The head that the checkpoint has, in its own files or `beside` them, or the one that labels ask for."""
+    own = next((name for name, value in family.heads.items() if value == architecture), beside)
     if labelled:
         return own if own in LABELLED else "classification"
     return own or family.default
@@ -257,7 +261,7 @@ def download(name: str, revision: str | None) -> Path:
     """A snapshot from the hub: weights in safetensors, config, tokenizer and chat templates, never a pickle."""
     from huggingface_hub import snapshot_download
 
-    patterns = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["model*.safetensors", "*_Dense/model.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -350,25 +354,39 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
 
 def read_pooling(folder: Path) -> str:
     """What the Pooling module of a sentence-transformers folder says; "pooler" in any other folder."""
-    file = folder / "modules.json"
-    if not file.is_file():
+    if not (folder / sentence_transformers.MODULES).is_file():
         return "pooler"
-    modules = read_json(file, list)
-    paths: dict[str, str] = {}
-    for n, module in enumerate(modules):
-        kind, path = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
-        if not isinstance(kind, str) or not isinstance(path, str) or find_inside(folder, path) is None:
-            check_fields(file, [f"{show_field(f'module {n}', module)}  expected: a type, and a path inside the folder"])
-        paths.setdefault(str(kind).rpartition(".")[2], str(path))
-    if "Pooling" not in paths:
+    paths = [path for kind, path in sentence_transformers.read_modules(folder) if kind == "Pooling"]
+    if not paths:
         return "pooler"
-    values = read_json(folder / paths["Pooling"] / "config.json")
-    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    chosen = [name for name, value in values.items() if name.startswith("pooling_mode_") and value is True]
-    if len(chosen) != 1 or chosen[0] not in flags:
+    modes = sentence_transformers.pooling_modes(read_json(folder / paths[0] / "config.json"))
+    if len(modes) != 1 or modes[0] not in ("mean", "cls"):
         fix = "choose: pooling='mean', 'cls' or 'pooler'."
-        raise ValueError(complain("load_model", "a pooling that is not computed here.", chosen, fix))
-    return flags[chosen[0]]
+        raise ValueError(complain("load_model", "a pooling that is not computed here.", modes, fix))
+    return modes[0]
+
+
+def find_dense(folder: Path, pooling: str) -> Path | None:
+    """The Dense module of a sentence-transformers folder that gives the logits of config.json's labels.
+
+    None where there is none, and where it reads another pooling.
+    """
+    path = sentence_transformers.find_classifier(folder)
+    if path is None or read_pooling(folder) != pooling:
+        return None
+    labels = read_json(folder / "config.json").get("id2label") or {}
+    return path if read_json(path / "config.json").get("out_features") == len(labels) else None
+
+
+def list_dense(folder: Path, name: str) -> list[Tensor]:
+    """The tensors of a Dense module, as those of the module `name`."""
+    file = folder / sentence_transformers.TENSORS
+    try:
+        found = list_tensors(file)
+    except (SafetensorError, OSError) as error:
+        problem = f"{str(file)!r} is missing or damaged."
+        raise ValueError(complain("load_model", problem, [str(error)], "fetch the folder again.")) from error
+    return [t._replace(name=f"{name}.{t.name.removeprefix('linear.')}", stored_name=t.name) for t in found]
 
 
 def open_tensors(folder: Path) -> list[Tensor]:
@@ -437,6 +455,7 @@ def read_params(
     sharding: Any,
     other_head: bool,
     add_head: bool,
+    dense: Path | None,
     copies: Mapping[str, str],
     key: jax.Array,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -450,6 +469,7 @@ def read_params(
         sharding: where to put them, as `load_model` takes it.
         other_head: the checkpoint's classifier is not the model's, so it is left in the file.
         add_head: a head that the checkpoint lacks is initialised from `key`.
+        dense: the Dense module of sentence-transformers that the classifier is in, None where it is no such.
         copies: tensors that may stand in the file beside those they are tied to, with those.
         key: PRNG key.
 
@@ -464,7 +484,7 @@ def read_params(
     left = set(family.head_modules) - present
     stored: dict[str, Tensor] = {}
     offenders = []
-    for tensor in open_tensors(folder):
+    for tensor in [*open_tensors(folder), *(list_dense(dense, model.label_module) if dense else [])]:
         name = spell(family, tensor.name)
         if name in stored:
             offenders.append(f"{tensor.name!r} is {stored[name].name!r} stored again")
@@ -594,6 +614,10 @@ def save_model(
 ) -> None:
     """Writes a model as a Hugging Face folder, which transformers opens with the same logits.
 
+    A BERT that classifies with the pooling "mean" or "cls" has no form in transformers. It becomes a folder of
+    sentence-transformers, whose embeddings are the logits: a Transformer, a Pooling and a Dense module. `load_model`
+    reads it back as the classifier.
+
     Adapters are merged in. Files of an earlier model in the folder are replaced, after all the new ones are written.
 
     Args:
@@ -616,6 +640,10 @@ def save_model(
         raise ValueError(complain("save_model", "this can't become a checkpoint.", offenders, fix))
     flat = flatten_dict(params, sep="/")
     with staged(folder) as stage:
+        if model.pools_apart:
+            kernel, bias = (np.asarray(flat[f"{model.label_module}/{leaf}"]) for leaf in ("kernel", "bias"))
+            sentence_transformers.write_modules(stage, model.pooling, sentence_transformers.Classifier(kernel, bias))
+            table = [weight for weight in table if module(weight.path) != model.label_module]
         files = write_tensors(stage, table, flat, max_shard_size)
         content = json.loads(model.origin.config)
         dtypes = {leaf.dtype.name for leaf in flat.values()}
@@ -636,11 +664,15 @@ def save_model(
         (folder / GENERATION).unlink(missing_ok=True)
     if tokenizer is not None:
         delete_tokenizer(folder, keep=tokenizer_files)
+    if model.head_type is not None and not model.pools_apart:
+        # An earlier model's: it would say that this one is pooled.
+        (folder / sentence_transformers.MODULES).unlink(missing_ok=True)
 
 
 def architecture(family: Family, model: nn.Module) -> str:
     """Transformers' name of the model with its head."""
-    return str(family.bare) if model.head_type is None else family.heads[model.head_type]
+    bare = model.head_type is None or model.pools_apart
+    return str(family.bare) if bare else family.heads[model.head_type]
 
 
 def unsaveable(folder: Path, model: nn.Module, family: Family, table: Sequence[Weight]) -> list[str]:
@@ -651,8 +683,6 @@ def unsaveable(folder: Path, model: nn.Module, family: Family, table: Sequence[W
         offenders.append("the model was made by hand, so there is no config.json for it")
     elif Path(origin.name).is_dir() and Path(origin.name).resolve() == folder.resolve():
         offenders.append(f"{str(folder)!r} is the folder that the base was loaded from")
-    if isinstance(model, Bert) and model.head == "classification" and model.pooling != "pooler":
-        offenders.append(f"the classifier reads pooling={model.pooling!r}, transformers' only the pooler")
     wanted = {weight.path: weight.shape for weight in weights(family, shapes(model))}
     given = {weight.path: weight.shape for weight in table}
     offenders += [f"{path!r} is missing" for path in sorted(wanted.keys() - given.keys())]

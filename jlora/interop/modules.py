@@ -22,7 +22,6 @@ from jlora.core.layouts import Layout
 from jlora.core.paths import Path
 from jlora.interop.families import family_of, weights
 from jlora.interop.huggingface import shapes, spell
-from jlora.models.bert import Bert
 
 KINDS = ("linear", "conv1d", "conv", "embedding")
 PLAIN = "plain"  # the kind of a bias or a norm's scale
@@ -170,8 +169,6 @@ def model_table(model: nn.Module, base: Mapping[Path, Any]) -> Table:
         elif base[weight.path].shape != weight.shape:
             offenders.append(f"{weight.path!r} has shape {base[weight.path].shape} in params, the model {weight.shape}")
     offenders += [f"{path!r} in params is not the model's" for path in base if path not in slots]
-    if isinstance(model, Bert) and model.head == "classification" and model.pooling != "pooler":
-        offenders.append(f"the classifier reads pooling={model.pooling!r}, transformers' only the pooler")
     known = {f"{module}.{slot.tensor}" for slot in slots.values() for module, _, _ in slot.parts()}
     copies = {copy: source for copy, source in family.tied(head).items() if copy not in known}
     return Table(slots, copies, lambda name: spell(family, name).removeprefix(cut), not cut, offenders)

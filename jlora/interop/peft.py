@@ -9,7 +9,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -21,11 +22,13 @@ from jaxtyping import Float
 from jlora.core import layouts
 from jlora.core.errors import complain
 from jlora.core.layouts import AFFIXES, Layout
-from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, unbox
+from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, partition, unbox, union
 from jlora.core.targets import Pattern, select
-from jlora.core.tree import adapter_leaf, is_wrapped, kernels
+from jlora.core.tree import adapter_leaf, is_wrapped, kernels, merge
+from jlora.interop import sentence_transformers
 from jlora.interop.changes import changed_leaves, readers
 from jlora.interop.families import FAMILIES
+from jlora.interop.files import staged
 from jlora.interop.huggingface import stored_leaves
 from jlora.interop.modules import (
     PLAIN,
@@ -59,6 +62,11 @@ TASKS = {
 }
 # PEFT trains modules of these names in full for these tasks, asked or not, and fails without their tensors.
 LABELLED, CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
+# The way from another pooling to PEFT.
+POOLER_FIX = (
+    "load and train the model with pooling='pooler' (in a config, model.pooling = \"pooler\"), the form that PEFT has; "
+    "jlora merge and jlora export write other poolings for sentence-transformers."
+)
 # What changes the result and is not computed here.
 VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
@@ -152,6 +160,10 @@ def save_peft(
     classifier goes along in full, as PEFT expects it to for its task. A table that is the output head too becomes two
     entries, one of them transposed; to merge those take `save_model`, as PEFT would add both to the one table.
 
+    PEFT has no classifier with the pooling "mean" or "cls". Its adapter is one of the body, with the pooling and the
+    classifier beside it as modules of sentence-transformers, which opens the folder and gives the logits. The form that
+    PEFT opens alone is that of a model loaded, or trained, with the pooling "pooler".
+
     A tree of your own says by `names` which torch module holds each kernel::
 
         names = {
@@ -185,6 +197,10 @@ def save_peft(
             of it listed; nothing is written then.
     """
     check_choice("save_peft", target=(target, TARGETS))
+    if model is not None and model.pools_apart:
+        base = None if base is None else split_classifier(model, base)[1]
+        body = partial(save_peft, base=base, base_model=base_model, dropout=dropout, task_type=task_type)
+        return save_pooled(File(folder), model, params, body, target=target, train=train, task_type=task_type)
     told = kernels("save_peft", params)
     leaves = flatten(params)
     plain = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
@@ -274,6 +290,8 @@ def load_peft(
     """
     folder = File(folder)
     base = flatten(params)
+    if model is not None and model.pools_apart:
+        return load_pooled(folder, model, params)
     if is_wrapped(base):
         fix = "pass the tree before wrap, or jlora.unwrap(params)."
         raise ValueError(complain("load_peft", "params is already wrapped.", [], fix))
@@ -294,6 +312,64 @@ def load_peft(
         raise ValueError(complain("load_peft", problem, offenders, fix))
     layout = {path: slot.layout for path, slot in table.slots.items()}
     return put(params, trios(table, adapters, base), whole_leaves(table, plain, base), layout)
+
+
+def split_classifier(model: nn.Module, params: Tree) -> tuple[Tree, Tree]:
+    """The classifier of a tree, and the rest of it."""
+    return partition(params, lambda path, _: path.startswith(f"{model.label_module}/"))
+
+
+def save_pooled(
+    folder: File,
+    model: nn.Module,
+    params: Tree,
+    save_body: Callable[..., None],
+    *,
+    target: str,
+    train: Pattern | None,
+    task_type: str | None,
+) -> None:
+    """Writes a classifier that PEFT does not have: its body's adapter, and its head for sentence-transformers."""
+    offenders = [] if target == "peft" else ["the classifier is trained in full, and vLLM takes no modules_to_save"]
+    if task_type in LABELLED:
+        offenders.append(f"task_type is {task_type!r}, but the classifier reads pooling={model.pooling!r}")
+    if offenders:
+        problem = f"this can't become an adapter for {'PEFT' if target == 'peft' else 'vLLM'}."
+        raise ValueError(complain("save_peft", problem, offenders, POOLER_FIX))
+    head, body = split_classifier(model, params)
+    paths = [path for path in flatten(params) if not adapter_leaf(path)]
+    named = select("save_peft", train, paths) - set(flatten(head)) if train else set()
+    full = None if train is None else sorted(named)
+    save_body(folder, model.clone(head=None), body, train=full)
+    leaves = flatten(merge(head) if is_wrapped(flatten(head)) else head)
+    kernel, bias = (np.asarray(leaves[f"{model.label_module}/{leaf}"]) for leaf in ("kernel", "bias"))
+    with staged(folder, last=sentence_transformers.MODULES) as stage:
+        sentence_transformers.write_modules(stage, model.pooling, sentence_transformers.Classifier(kernel, bias))
+
+
+def load_pooled(folder: File, model: nn.Module, params: Tree) -> Tree:
+    """Puts an adapter of a body, and the classifier beside it, on a classifier that PEFT does not have."""
+    task_type = read_config(folder).get("task_type")
+    if task_type in LABELLED:
+        problem = f"the adapter in {str(folder)!r} does not fit the model."
+        offenders = [f"its classifier ({task_type}) reads the pooler, the model's pooling={model.pooling!r}"]
+        raise ValueError(complain("load_peft", problem, offenders, POOLER_FIX))
+    head, body = split_classifier(model, params)
+    stored = sentence_transformers.read_classifier(folder)
+    if stored is None:
+        return union(load_peft(folder, model.clone(head=None), body), head)
+    values = {f"{model.label_module}/{leaf}": value for leaf, value in stored._asdict().items()}
+    own = flatten(head)
+    offenders = [
+        f"{path!r} has shape {value.shape} in the folder, the model {own[path].shape}"
+        for path, value in values.items()
+        if value.shape != own[path].shape
+    ]
+    if offenders:
+        problem = f"the classifier in {str(folder)!r} does not fit the model."
+        raise ValueError(complain("load_peft", problem, offenders, "load the model with the adapter's labels."))
+    whole = {path: value.astype(own[path].dtype) for path, value in values.items()}
+    return union(load_peft(folder, model.clone(head=None), body), put(head, {}, whole, {}))
 
 
 def gather(table: Table, paths: Sequence[Path], leaves: Mapping[Path, Any]) -> dict[str, Adapter]:

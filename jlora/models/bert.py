@@ -369,6 +369,11 @@ class Bert(nn.Module):
         return "classifier"
 
     @property
+    def pools_apart(self) -> bool:
+        """Whether a classifier reads states that are pooled outside of torch's model, as in sentence-transformers."""
+        return self.head == "classification" and self.pooling != "pooler"
+
+    @property
     def lora_layout(self) -> dict[str, str] | None:
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
         return {r"encoder/layer/.*/kernel": "sio"} if self.config.scan else None

@@ -432,6 +432,11 @@ class Decoder(nn.Module):
         """The module whose outputs are the labels' logits."""
         return "score"
 
+    @property
+    def pools_apart(self) -> bool:
+        """Whether a classifier reads states that are pooled outside of torch's model."""
+        return False
+
     def __post_init__(self):
         check_choice("Decoder", head_type=(self.head_type, HEADS))
         super().__post_init__()

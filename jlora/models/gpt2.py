@@ -234,6 +234,11 @@ class Gpt2(nn.Module):
         """The module whose outputs are the labels' logits, under transformers' name for it."""
         return "classifier" if self.head_type == "token_classification" else "score"
 
+    @property
+    def pools_apart(self) -> bool:
+        """Whether a classifier reads states that are pooled outside of torch's model."""
+        return False
+
     def __post_init__(self):
         check_choice("Gpt2", head_type=(self.head_type, HEADS))
         super().__post_init__()

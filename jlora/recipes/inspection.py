@@ -14,9 +14,9 @@ from jlora.core.layouts import Layout, read
 from jlora.core.paths import Path, Tree, flatten
 from jlora.core.spectrum import Trio, effective_rank, kernel_norms, matrices, rank_for, singular_values, trio_of
 from jlora.core.tree import adapter_leaf, kernels
-from jlora.interop import peft
+from jlora.interop import peft, sentence_transformers
 from jlora.interop.families import LABELLED
-from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json, shapes
+from jlora.interop.huggingface import LoadedModel, find_family, find_folder, load_model, read_json, read_pooling, shapes
 from jlora.interop.modules import Table
 from jlora.interop.patterns import PatternMatcher
 from jlora.interop.peft import CLASSIFIERS
@@ -279,6 +279,8 @@ def stored_dtype(base: File) -> str:
 
 def head_of(folder: File, config: Mapping[str, Any], base: File) -> dict[str, Any]:
     """The head that a PEFT adapter was trained with on the base in another folder, as `load_model` takes it."""
+    if classifier := sentence_transformers.read_classifier(folder):
+        return {"head": "classification", "pooling": read_pooling(folder), "num_labels": len(classifier.bias)}
     head = HEADS.get(str(config.get("task_type")))
     if head is None:
         return {}
