@@ -368,6 +368,52 @@ def test_stories260k_tells_the_story_of_its_page_and_is_as_surprised_as_torch_by
     assert float(np.exp(-chances.mean())) == pytest.approx(expected, rel=5e-6)
 
 
+@pytest.mark.parametrize(
+    "options, line",
+    [
+        ({"pad_token": "x"}, "pad_token is 'x'  expected: a token id from 0 to 257"),
+        ({"pad_token": -5}, "pad_token is -5  expected: a token id from 0 to 257"),
+        ({"pad_token": 258}, "pad_token is 258  expected: a token id from 0 to 257"),
+        ({"pad_token": None}, "pad_token is None  expected: a token id from 0 to 257"),
+        ({"stop_tokens": "x"}, "stop_tokens has 'x', the vocabulary 0 to 257"),
+        ({"stop_tokens": [-1]}, "stop_tokens has -1, the vocabulary 0 to 257"),
+        ({"stop_tokens": None}, "stop_tokens has None, the vocabulary 0 to 257"),
+        ({"stop_tokens": [[1], [2, 3]]}, "stop_tokens has [1], [2, 3], the vocabulary 0 to 257"),
+        ({"key": 7}, "key is 7  expected: jax.random.key(seed)"),
+        ({"input_ids": ["a"]}, "input_ids and attention_mask have two axes: (batch, time)"),
+        ({"input_ids": [["a"]]}, "prompt 0 has 'a', the vocabulary 0 to 257"),
+        ({"input_ids": None}, "input_ids and attention_mask have two axes: (batch, time)"),
+        ({"input_ids": [[2**70]]}, f"prompt 0 has {2**70}, the vocabulary 0 to 257"),
+        ({"attention_mask": "x"}, "input_ids and attention_mask have two axes"),
+        ({"max_new_tokens": "x"}, "max_new_tokens is 'x'  expected: a whole number from 1"),
+        ({"params": None}, "params is a NoneType  expected: the tree of parameters that load_model gives"),
+        ({"params": {}}, "params has no 'embed_tokens/embedding'"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate, stream])
+def test_an_argument_of_a_wrong_kind_is_one_error(llama, function, options, line):
+    arguments = {"params": llama.params, "input_ids": [[1, 2]], "max_new_tokens": 2} | options
+    with pytest.raises(ValueError) as error:
+        function(llama.model, **arguments)
+    first, second, *_, last = str(error.value).splitlines()
+    assert first.startswith("generate: ") and second.strip().startswith(line) and last == "Fix: correct what is listed."
+
+
+def test_parameters_of_another_model_are_an_error(llama):
+    wide = Decoder(DecoderConfig(**SIZES | {"hidden_size": 64}))
+    with pytest.raises(ValueError) as error:
+        generate(wide, llama.params, [[1, 2]], max_new_tokens=2)
+    lines = str(error.value).splitlines()
+    assert "params has 'embed_tokens/embedding' with the shape (258, 32), the model (258, 64)" in lines[1]
+    assert len(lines) == 6 and lines[4].endswith("more parameters that do not fit")
+    shapes = jax.eval_shape(lambda: llama.params)
+    with pytest.raises(ValueError, match="params has 'embed_tokens/embedding' without values"):
+        generate(llama.model, shapes, [[1, 2]], max_new_tokens=2)
+    scanned = Decoder(DecoderConfig(**SIZES, scan=True))
+    with pytest.raises(ValueError, match="params has no 'layers/"):
+        generate(scanned, llama.params, [[1, 2]], max_new_tokens=2)
+
+
 def test_characters_of_several_tokens_are_given_whole():
     tokenizer = byte_tokenizer()
     text = "naïve 日本語, 🙂!"

@@ -8,7 +8,7 @@ number (temperature, top_k, top_p, the limit, the stop tokens) is an argument, s
 import functools
 import math
 import numbers
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,13 +18,14 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jlora.core.errors import complain, count, quoted
-from jlora.core.paths import Tree
+from jlora.core.paths import Tree, flatten
 from jlora.models.layers import Cache
 from jlora.transform.adapt import adapt
 
 SHORTEST = 16  # tokens of the smallest bucket
 STOPS = 8  # stop tokens of the smallest bucket
 NO_TOKEN = -1
+SHOWN = 3  # parameters that an error lists
 
 Kind = Literal["greedy", "sampled", "filtered"]
 
@@ -130,14 +131,15 @@ def generate(
         The new tokens (batch, max_new_tokens), without the prompts; `pad_token` after a stop token.
 
     Raises:
-        ValueError: a model without a cache or with too few positions, prompts that are empty, padded amid their tokens
-            or outside the vocabulary, settings out of range (all of them listed).
+        ValueError: a model without a cache or with too few positions, parameters that are not the model's, prompts that
+            are empty, padded amid their tokens or outside the vocabulary, settings out of range (all of them listed).
 
     Source:
         Holtzman et al. 2020 for top_p (arXiv:1904.09751); Fan et al. 2018 for top_k (arXiv:1805.04833).
     """
     job = prepare(
         model,
+        params,
         input_ids,
         attention_mask,
         max_new_tokens=max_new_tokens,
@@ -189,6 +191,7 @@ def stream(
     """
     job = prepare(
         model,
+        params,
         input_ids,
         attention_mask,
         max_new_tokens=max_new_tokens,
@@ -338,6 +341,7 @@ def sizes(longest: int, limit: int, positions: int | None) -> tuple[int, int]:
 
 def prepare(
     model: nn.Module,
+    params: Tree,
     input_ids: Any,
     attention_mask: Any,
     *,
@@ -351,14 +355,15 @@ def prepare(
 ) -> Job:
     """Checks everything at once, and brings it into the form that is compiled for."""
     rows, offenders = read_rows(input_ids, attention_mask)
-    stops = np.atleast_1d(np.asarray(stop_tokens))
-    offenders += unusable_settings(max_new_tokens, temperature, top_k, top_p)
+    stops = read_stops(stop_tokens)
+    offenders += unusable_settings(max_new_tokens, temperature, top_k, top_p) + unusable_key(key)
     if not hasattr(model, "init_cache"):
         offenders.append(f"{type(model).__name__} has no cache: only a decoder can generate")
     elif model.head_type != "causal_lm":
         offenders.append(f"the model has the head {model.head_type!r}: only 'causal_lm' can generate")
     else:
         offenders += misfits(model.config, rows, stops, max_new_tokens)
+        offenders += unusable_pad(pad_token, model.config.vocab_size) + unusable_params(model, params)
     if offenders:
         problem = f"{count(len(offenders), 'argument')} can't be used."
         raise ValueError(complain("generate", problem, offenders, "correct what is listed."))
@@ -380,6 +385,16 @@ def prepare(
     )
     drawn: Kind = "sampled" if top_k is None and top_p in (None, 1) else "filtered"
     return Job(ids, mask, max_new_tokens, room, "greedy" if temperature == 0 else drawn, sampling)
+
+
+def read_stops(stop_tokens: Any) -> np.ndarray:
+    """The stop tokens in one axis, whatever they are."""
+    try:
+        return np.atleast_1d(np.asarray(stop_tokens))
+    except ValueError:  # lists of different lengths
+        stops = np.empty(len(stop_tokens), object)
+        stops[:] = stop_tokens
+        return stops
 
 
 def read_rows(input_ids: Any, attention_mask: Any) -> tuple[list[Int[np.ndarray, "time"]], list[str]]:
@@ -424,6 +439,47 @@ def unusable_settings(max_new_tokens: int, temperature: float, top_k: int | None
 def unusable_seed(seed: int) -> list[str]:
     """A seed out of range."""
     return [] if 0 <= seed < 2**32 else [f"seed is {seed!r}  expected: a whole number from 0 to 4294967295"]
+
+
+def unusable_key(key: Any) -> list[str]:
+    """A key that is not one of jax.random."""
+    dtype = getattr(key, "dtype", None)
+    if key is None or (dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)):
+        return []
+    return [f"key is {key!r}  expected: jax.random.key(seed)"]
+
+
+def unusable_pad(pad_token: Any, vocab_size: int) -> list[str]:
+    """A token for padding that the vocabulary does not have."""
+    if isinstance(pad_token, numbers.Integral) and pad_token in range(vocab_size):
+        return []
+    return [f"pad_token is {pad_token!r}  expected: a token id from 0 to {vocab_size - 1}"]
+
+
+def unusable_params(model: nn.Module, params: Any) -> list[str]:
+    """What keeps a tree from being the model's parameters, with or without adapters."""
+    if not isinstance(params, Mapping):
+        return [f"params is a {type(params).__name__}  expected: the tree of parameters that load_model gives"]
+    leaves = flatten(params)
+    offenders = []
+    for path, shape in parameter_shapes(model).items():
+        if path not in leaves:
+            offenders.append(f"params has no {path!r}")
+        elif np.shape(leaves[path]) != shape:
+            offenders.append(f"params has {path!r} with the shape {np.shape(leaves[path])}, the model {shape}")
+        elif isinstance(leaves[path], jax.ShapeDtypeStruct):
+            offenders.append(f"params has {path!r} without values")
+    more = len(offenders) - SHOWN
+    return offenders[:SHOWN] + (
+        [f"and {count(more, 'more parameter')} that {'do' if more > 1 else 'does'} not fit"] if more > 0 else []
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each of a model's parameters, by path."""
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return {path: leaf.shape for path, leaf in flatten(params).items()}
 
 
 def misfits(
