@@ -111,6 +111,17 @@ def test_a_stray_quotation_mark_in_unquoted_tabs_joins_no_rows(write, rows):
     ]
 
 
+def test_tables_between_semicolons_or_tabs_are_read_whatever_their_suffix(write):
+    expected = [Labelled("one, two", "a"), Labelled("3;4", "b")]
+    for name, content in {
+        "a__csv": 'text;label\none, two;a\n"3;4";b\n',
+        "b__csv": "text\tlabel\none, two\ta\n3;4\tb\n",
+        "c__tsv": '\ntext,label\n"one, two",a\n3;4,b\n',
+    }.items():
+        (path,) = write(**{name: content}).values()
+        assert bare(read_records(path, "sequence_classification")) == expected
+
+
 def test_quoted_cells_between_tabs_go_over_lines_and_hold_tabs(write, tmp_path):
     rows = [('a "b"', "x"), ("c\n\nd\te", "y"), ("f", "z\nz")]
     with open(tmp_path / "a.tsv", "w", newline="") as file:

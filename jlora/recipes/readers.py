@@ -667,11 +667,12 @@ def _json_problem(error: Exception) -> str:
 
 
 def _table(path: Path, schema: Schema, wrong: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows under a header, in commas or tabs; a quoted cell may go over lines."""
+    """The rows under a header, between commas, semicolons or tabs; a quoted cell may go over lines."""
     text = _whole(path, wrong)
     if text is None:
         return
-    rows, stop = _rows(text, "\t") if _suffix(path) == ".tsv" else _cells(text, ",", csv.QUOTE_MINIMAL)
+    delimiter = _delimiter(text, "\t" if _suffix(path) == ".tsv" else ",")
+    rows, stop = _rows(text, delimiter) if delimiter == "\t" else _cells(text, delimiter, csv.QUOTE_MINIMAL)
     header: list[str] = []
     for line, row in rows:
         at = f"{path}:{line}"
@@ -692,6 +693,16 @@ def _table(path: Path, schema: Schema, wrong: list[str]) -> Iterator[tuple[str, 
     if stop is not None:
         line, reason = stop
         wrong.append(f"{path}:{line}  {reason}")
+
+
+def _delimiter(text: str, usual: str) -> str:
+    r"""The character between cells: the usual one, or another where the header has only that.
+
+    >>> [_delimiter(text, ",") for text in ("a,b;c", "a;b", "a\tb", "a")]
+    [',', ';', '\t', ',']
+    """
+    header = next((line for line in io.StringIO(text) if line.strip()), "")
+    return next((character for character in (usual, ",", ";", "\t") if character in header), usual)
 
 
 def _rows(text: str, delimiter: str) -> tuple[list[tuple[int, list[str]]], tuple[int, str] | None]:
