@@ -5,8 +5,10 @@ import importlib
 import io
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -173,6 +175,57 @@ def test_flags_win_over_the_file_and_a_run_is_not_written_over_unless_asked(fres
         assert row in shown
     assert "on 24 rows (logits within" in shown
     assert "where is my courier\n  0." in shown
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended_even_by_a_kill(fresh, capsys):
+    folder = fresh.parent / "run"
+    folder.mkdir()
+    sweep = fresh.parent / "run-sweep"
+    sweep.mkdir()
+    lock = runs.FolderLock("train", folder)
+    with lock:
+        # The folder is locked only after the first look at it, when the run begins to write.
+        holders = [tiny_job.hold_lock(path / "run.lock") for path in (folder, sweep)]
+        with pytest.raises(BlockingIOError, match=r"train: another process is writing to .*run\.\nFix: wait until"):
+            lock.acquire()
+    assert "train: another process is writing to" in mistake(capsys, "train", str(fresh), "--output.overwrite")
+    assert "sweep: another process is writing to" in mistake(capsys, "sweep", str(fresh), "--ranks", "2")
+    assert [list(path.iterdir()) for path in (folder, sweep)] == [[folder / "run.lock"], [sweep / "run.lock"]]
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+    for path in (folder, sweep):
+        with runs.FolderLock("train", path) as lock:
+            lock.acquire()
+            assert (path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+            with pytest.raises(BlockingIOError, match=rf"process {os.getpid()} on .* is writing to"):
+                runs.FolderLock("train", path).acquire()
+    assert runs.check_folder(config.read(fresh)) is False
+
+
+@pytest.mark.parametrize("damage", ["deleted", "damaged"])
+def test_a_run_whose_best_adapter_is_lost_is_refused_before_it_trains_on(damage, job, tmp_path, capsys):
+    toml, run = job
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    # As a run that was killed before its end.
+    (copy / "result.json").unlink()
+    (data, *_) = sorted(path for path in (copy / "adapter").rglob("*") if path.is_file() and path.stat().st_size > 2000)
+    if damage == "deleted":
+        shutil.rmtree(copy / "adapter")
+    else:
+        data.write_bytes(data.read_bytes()[:-1])
+    before = (copy / "metrics.jsonl").read_bytes()
+    text = mistake(capsys, "train", str(toml), "--output.folder", str(copy))
+    assert (
+        "resume: the best adapter so far can't be read, and the run can't end without it.\n  restore_adapter: " in text
+    )
+    assert "begin anew with --output.overwrite." in text
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(copy / "adapter", ignore_errors=True)
+    shutil.copytree(run / "adapter", copy / "adapter")
+    assert main(["train", str(toml), "--output.folder", str(copy)]) == 0
+    assert (copy / "metrics.jsonl").read_bytes() == before
 
 
 def test_predict_answers_in_words_and_as_json(job, capsys):

@@ -1,10 +1,12 @@
 """The job's TOML file: what is wrong with it is told all at once, and what is right reads back as it was."""
 
 import dataclasses
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jlora.recipes import config as configs
@@ -133,6 +135,32 @@ def test_values_of_flags_are_checked_as_those_of_the_file_are():
         ValueError, match=r"of the command line can't be used\.\n  adapter\.rank = 0  expected: a whole"
     ):
         configs.check(wrong)
+
+
+def entries(value: str) -> dict:
+    """A job with one text in every place that takes any."""
+    return {
+        "model": {"name": value},
+        "data": {"train": "/train", "test": value, "text": value, "questions": [value]},
+        "adapter": {"ranks": {value: 3}},
+        "output": {"folder": value},
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_characters="\0") | st.sampled_from("\ud800\udcff"), min_size=1))
+@example("\r\n\t\x01\x7f\"'\\#")
+@example("a\udcff")
+def test_any_text_reads_back_from_the_toml_that_was_written_or_is_refused_by_name(value):
+    try:
+        config = configs.parse(entries(value), source="the test", folder=Path("/"))
+    except ValueError as error:
+        assert not value.strip() or re.search("[\ud800-\udfff]", value)
+        assert "output.folder" in str(error)
+        assert "model.name" in str(error)
+        return
+    assert tomllib.loads(configs.to_toml(config).encode().decode())["data"]["text"] == value
+    assert configs.parse(tomllib.loads(configs.to_toml(config)), source="again", folder=Path("/")) == config
 
 
 text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)

@@ -39,7 +39,7 @@ from jlora.recipes.fit import (
 from jlora.recipes.inspection import load_adapted
 from jlora.recipes.metrics import entities
 from jlora.recipes.tasks import TASKS, log_softmax
-from jlora.training.checkpoint import describe_model
+from jlora.training.checkpoint import describe_model, write_digests
 
 TASK_NAMES = tuple(TASKS)
 MEASURES = {
@@ -519,9 +519,36 @@ def test_a_damaged_run_is_an_error_that_names_the_file(jobs, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no run\.\n  .*adapter\nFix: pass the folder that"):
         runs.load_run(tmp_path)
     runs.save_best(tmp_path, job.params, job.task)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    runs.write_result(tmp_path, "{}\n")
+    for name in ("config.toml", "labels.json", "metrics.jsonl", "result.json", "files.json"):
+        flip(tmp_path / name, 1)
+        with pytest.raises(
+            ValueError, match=rf"1 file of the run .* damaged or missing\.\n  '{name}'  changed\nFix: put"
+        ):
+            runs.load_run(tmp_path)
+        flip(tmp_path / name, 1)
+    # A run may be slimmed to what loading it needs; runs of earlier versions have no digests.
+    for name in ("metrics.jsonl", "result.json", "files.json"):
+        (tmp_path / name).unlink()
+        runs.load_run(tmp_path)
     (tmp_path / "labels.json").write_text('[{"lable": "a"}]')
     with pytest.raises(ValueError, match=r"labels\.json is damaged: KeyError\('label'\)"):
         runs.load_run(tmp_path)
+
+
+def test_a_byte_that_was_flipped_is_found_before_an_unfinished_run_is_resumed(jobs, tmp_path):
+    config = in_folder(jobs["sequence_classification"], tmp_path / "run")
+    runs.begin_run(config, ["a"], {})
+    for name in ("config.toml", "labels.json"):
+        flip(tmp_path / "run" / name, 1)
+        with pytest.raises(
+            ValueError, match=rf"^resume: 1 file of the run .*\n  '{name}'  changed\nFix: put the files"
+        ):
+            runs.check_folder(config)
+        assert runs.check_folder(settings(config, output={"overwrite": True})) is False
+        flip(tmp_path / "run" / name, 1)
+    assert runs.check_folder(config) is True
 
 
 def test_more_tokens_than_the_model_has_positions_is_an_error(jobs):
@@ -576,7 +603,7 @@ def test_a_run_killed_while_it_is_begun_can_be_begun_again(jobs, tmp_path, monke
         pass
 
     write = runs.write_whole
-    for n, last in enumerate(("config.toml", "labels.json")):
+    for n, last in enumerate(("config.toml", "labels.json", "files.json")):
 
         def killed(path, text, last=last):
             if path.name == last:
@@ -584,10 +611,13 @@ def test_a_run_killed_while_it_is_begun_can_be_begun_again(jobs, tmp_path, monke
             write(path, text)
 
         config = in_folder(job, tmp_path / str(n))
+        digests = lambda folder, names, last=last: last == "files.json" and killed(folder / last, "")
         monkeypatch.setattr(runs, "write_whole", killed)
+        monkeypatch.setattr(runs, "write_digests", digests)
         with pytest.raises(Killed):
             runs.begin_run(config, ["a"], {})
         monkeypatch.setattr(runs, "write_whole", write)
+        monkeypatch.setattr(runs, "write_digests", write_digests)
         resume = runs.check_folder(config)
         runs.begin_run(config, ["a"], {}, resume=resume)
         assert configs.read(tmp_path / str(n) / "config.toml") == config

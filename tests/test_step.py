@@ -174,6 +174,24 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(loss, bad, acc
     assert (int(state.step), int(metrics["skipped"])) == (3, 1)
 
 
+def test_a_state_that_was_donated_is_one_clear_error_and_a_copy_still_trains():
+    tx = optax.adam(1e-2)
+    step = make_train_step(loss_fn, tx)
+    state, base = start(tx)
+    copy = jax.tree.map(jnp.copy, state)
+    after, _ = step(state, base, make_batch())
+    for used in (state, after.replace(adapters=state.adapters), after.replace(opt_state=state.opt_state)):
+        with pytest.raises(ValueError, match=r"^make_train_step: this state was given to an earlier step") as error:
+            step(used, base, make_batch())
+        assert str(error.value).count("\n") == 1
+        assert "\nFix: go on with the state that step returned" in str(error.value)
+    again, _ = step(copy, base, make_batch())
+    assert raw(again.adapters) == raw(after.adapters)
+    # Under another transformation the leaves of a state have no memory of their own.
+    traced, _ = jax.jit(step)(again, base, make_batch())
+    assert raw(step(after, base, make_batch())[0].adapters) == raw(traced.adapters)
+
+
 def test_every_step_and_micro_batch_draws_from_a_key_of_its_own():
     def drawing(params, batch, key):
         return loss_fn(params, batch, key), {"draw": jax.nn.one_hot(batch["row"][0], 4) * jax.random.uniform(key) * 4}

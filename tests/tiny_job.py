@@ -260,6 +260,15 @@ def lines(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def hold_lock(file: Path) -> subprocess.Popen:
+    """A process that has locked a file, until it is killed."""
+    code = "import fcntl, sys, time; f = open(sys.argv[1], 'a'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); "
+    holder = subprocess.Popen([sys.executable, "-c", code + "time.sleep(600)", str(file)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    return holder
+
+
 def environment(cache: Path, devices: int = 1, **more: str) -> dict[str, str]:
     """The variables of a process that compiles nothing twice."""
     flags = {

@@ -89,6 +89,30 @@ def sweep(
     }
     metric = check_metric(config, metric)
     check_folder(config, out, overwrite)
+    with runs.FolderLock("sweep", out) as lock:
+        return sweep_locked(config, lock, grid, metric, tolerance, memory, at_once, overwrite, console)
+
+
+def sweep_locked(
+    config: Config,
+    lock: runs.FolderLock,
+    grid: Mapping[str, list[Any]],
+    metric: str,
+    tolerance: float | None,
+    memory: str | None,
+    at_once: int | None,
+    overwrite: bool,
+    console: Console,
+) -> SweepResult:
+    """Trains a job's grid in a folder that no other process writes to."""
+    out = lock.folder
+
+    def begin() -> None:
+        lock.acquire()
+        # Checked again: until the lock was acquired, another sweep may have written here.
+        check_folder(config, out, overwrite)
+        clear(out)
+
     corpus = read(config)
     loaded = runs.load_base(config, corpus.labels)
     print_format(console, config, loaded)
@@ -102,7 +126,7 @@ def sweep(
     # Seeds change the order of the batches, and nothing of their number and shapes.
     first = next(iter(jobs.values()))
     steps, per_epoch = first.steps, len(first.batches)
-    members = Members(config, out, corpus, task, limits(config, loaded))
+    members = Members(config, out, begin, corpus, task, limits(config, loaded))
     streams = lockstep(jobs)
     with progress(console, metric) as show:
 
@@ -206,7 +230,7 @@ def check_folder(config: Config, out: Path, overwrite: bool) -> None:
         problem = "a sweep compares its members on validation data, and data.validation = false."
         raise ValueError(complain("sweep", problem, [], "name a file, or leave data.validation out to hold some out."))
     runs.check_writable("sweep", out, "--out")
-    there = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    there = sorted(path.name for path in out.iterdir() if path.name != runs.LOCK) if out.exists() else []
     foreign = [name for name in there if name.removesuffix(".tmp") not in FILES]
     if foreign or (there and not overwrite):
         fix = "choose another --out" + ("." if foreign else ", or pass --overwrite.")
@@ -292,8 +316,16 @@ def name_of(member: Member) -> str:
 class Members:
     """The runs that a sweep stands for."""
 
-    def __init__(self, config: Config, out: Path, corpus: Corpus, task: Task, most: Mapping[Slashes, int]):
-        self.config, self.out, self.corpus, self.task, self.most = config, out, corpus, task, most
+    def __init__(
+        self,
+        config: Config,
+        out: Path,
+        begin: Callable[[], None],
+        corpus: Corpus,
+        task: Task,
+        most: Mapping[Slashes, int],
+    ):
+        self.config, self.out, self.begin, self.corpus, self.task, self.most = config, out, begin, corpus, task, most
         self.begun = False
 
     def job(self, member: Member) -> Config:
@@ -319,7 +351,7 @@ class Members:
         """Writes a member's best adapter, as a run's folder."""
         if not self.begun:
             # Not before there is something to put in its place.
-            clear(self.out)
+            self.begin()
             self.begun = True
         job = self.job(event.member)
         if not (job.output.folder / runs.CONFIG).exists():

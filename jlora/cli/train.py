@@ -119,8 +119,14 @@ def train(config: Config) -> Result:
     # On several hosts one process speaks and writes.
     console, folder = Terminal(quiet=jax.process_index() != 0), config.output.folder
     runs.check_folder(config)
-    mesh = runs.read_mesh(config)
-    learnt = learn(config, mesh, console)
+    with runs.FolderLock("train", folder) as lock:
+        return train_locked(config, lock, console, start)
+
+
+def train_locked(config: Config, lock: runs.FolderLock, console: Console, start: float) -> Result:
+    """Runs a job in a folder that no other process writes to; `start` is when the process began, for the result."""
+    folder, mesh = config.output.folder, runs.read_mesh(config)
+    learnt = learn(config, mesh, console, lock)
 
     # All that trained has left the memory by now, and the base is loaded once more.
     run = runs.load_run(folder, mesh=mesh)
@@ -158,7 +164,7 @@ def join_processes() -> None:
         )
 
 
-def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
+def learn(config: Config, mesh: Mesh | None, console: Console, lock: runs.FolderLock) -> Learnt:
     """Trains, or goes on with it, until the best adapter is on the disk."""
     data = config.data
     corpus = read(config)
@@ -168,7 +174,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     params = runs.place_params(started, loaded.model, mesh)
     counts = summary(params, task.trained)
     # State and moments of what trains, for every checkpoint that is kept and the two being written.
-    resume = runs.check_folder(config, needed=3 * 4 * counts.trainable * (config.run.keep + 2))
+    runs.check_folder(config, needed=3 * 4 * counts.trainable * (config.run.keep + 2))
     rows = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in corpus.splits}
     check_targets("train", {name: found.rows for name, found in rows.items()}, data.max_length)
     validation = rows["validation"].rows if "validation" in rows else None
@@ -182,13 +188,17 @@ def learn(config: Config, mesh: Mesh | None, console: Console) -> Learnt:
     measured = rows[asked].rows[: MOST_MEASURED if asked == "train" else None]
     before = task.score(params, measured)
 
+    def write() -> None:
+        # Checked again: until the lock was acquired, another run may have written here.
+        resume = runs.check_folder(config)
+        with can_be_written(config.output.folder):
+            runs.begin_run(config, corpus.labels, corpus.answers, tokenizer=loaded.tokenizer, resume=resume)
+
     def begin() -> None:
         # No process may find what another has begun to write.
         wait_for_all("folder checked")
-        if jax.process_index() == 0:
-            with can_be_written(config.output.folder):
-                runs.begin_run(config, corpus.labels, corpus.answers, tokenizer=loaded.tokenizer, resume=resume)
-        wait_for_all("run begun")
+        lock.acquire()
+        runs.on_first_process("train", write)
 
     kept, best = follow(job, console, begin)
     wait_for_all("run written")
@@ -295,6 +305,8 @@ def follow(job: Job, console: Console, begin: Callable[[], None]) -> tuple[int, 
                 for damage in event.damaged:
                     console.print(f"A damaged checkpoint was deleted: {damage}.", highlight=False, markup=False)
                 console.print(f"Going on after step {event.step}.", highlight=False)
+                if any(isinstance(past, Evaluation) and past.best for past in event.past):
+                    runs.check_best(folder, job.task)
                 events = list(event.past)
                 for past in events:
                     write(past)
@@ -417,7 +429,7 @@ def finish(config: Config, console: Console, result: Result, run: Run, merged: A
         with can_be_written(folder):
             (folder / runs.CARD).write_text(show.model_card(config, result._asdict()), encoding="utf-8")
             # Last: a run that has its result is finished.
-            runs.write_whole(folder / runs.RESULT, json.dumps(nulled(result._asdict()), indent=1) + "\n")
+            runs.write_result(folder, json.dumps(nulled(result._asdict()), indent=1) + "\n")
     console.print(result_table(table(result, rows, run.task)))
     for warning in result.warnings:
         console.print(f"Warning: {warning}", highlight=False, markup=False, soft_wrap=True)

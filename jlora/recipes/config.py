@@ -7,6 +7,7 @@ declared once. `parse` is the only check there is; values from the command line 
 import json
 import math
 import os
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -374,6 +375,14 @@ def _entry(hint: Any, value: Any, where: str, folder: Path, wrong: list[str]) ->
     if not _fits(hint, value):
         wrong.append(f"{where} = {value!r}  expected: {_expected(hint)}")
         return None
+    found = _converted(hint, value, where, folder)
+    if any(re.search("[\ud800-\udfff]", text) for text in _texts(found)):
+        wrong.append(f"{where} = {found!r}  expected: Unicode text; this holds bytes or surrogates that are none")
+    return found
+
+
+def _converted(hint: Any, value: Any, where: str, folder: Path) -> Any:
+    """A value of TOML's as the config holds it."""
     kinds = _kinds(hint)
     if value is False or (Literal[False] in kinds and value in ("false", "False")):
         return False
@@ -382,13 +391,19 @@ def _entry(hint: Any, value: Any, where: str, folder: Path, wrong: list[str]) ->
     if Path in kinds and value.startswith(HUB):
         return Path(value)
     if Path in kinds:
-        return Path(os.path.normpath(folder / Path(value).expanduser()))
+        return Path(os.path.normpath(folder / os.path.expanduser(value)))
     return tuple(value) if isinstance(value, list) else float(value) if float in kinds else value
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a value, which is one, several, or a table of them."""
+    return [str(entry) for entry in (value if isinstance(value, tuple | Mapping) else [value])]
 
 
 def _model_name(name: str, folder: Path) -> str:
     """A folder's absolute path, or a name on the hub as it is."""
-    local = folder / Path(name).expanduser()
+    # Unlike Path.expanduser, this leaves the name of an unknown user as it is.
+    local = folder / os.path.expanduser(name)
     return os.path.normpath(local) if local.is_dir() or name.startswith((".", "~")) else name
 
 

@@ -9,23 +9,28 @@
     checkpoints/          the newest states, to go on from
     metrics.jsonl         losses and evaluations
     result.json           what it came to: a run that has it is finished
+    files.json            digests of the small files
+    run.lock              locked by the process that writes the run; it stays when the run has ended
     learning_curve.png, spectrum.png, README.md, events/
 """
 
+import fcntl
 import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora.core.errors import complain
+from jlora.core.errors import complain, count
 from jlora.core.paths import Tree, map_with_path
 from jlora.core.targets import Targets
 from jlora.core.tree import attach, extract, join, split, uniform, wrap
@@ -34,13 +39,13 @@ from jlora.interop.tokenizer import save_tokenizer, use_tokenizer
 from jlora.recipes import config as configs
 from jlora.recipes.config import Config
 from jlora.recipes.tasks import TASKS, Task
-from jlora.training.checkpoint import check_name, restore_adapter, save_adapter
+from jlora.training.checkpoint import DIGESTS, check_name, find_damage, restore_adapter, save_adapter, write_digests
 from jlora.training.sharding import make_mesh, place, shardings
 
 ADAPTER, CONFIG, LABELS, CHECKPOINTS = "adapter", "config.toml", "labels.json", "checkpoints"
 METRICS, RESULT, CURVE, CARD, EVENTS = "metrics.jsonl", "result.json", "learning_curve.png", "README.md", "events"
-SPECTRUM, TOKENIZER = "spectrum.png", "tokenizer"
-FILES = (CONFIG, ADAPTER, LABELS, TOKENIZER, CHECKPOINTS, METRICS, RESULT, CURVE, SPECTRUM, CARD, EVENTS)
+SPECTRUM, TOKENIZER, LOCK = "spectrum.png", "tokenizer", "run.lock"
+FILES = (CONFIG, DIGESTS, ADAPTER, LABELS, TOKENIZER, CHECKPOINTS, METRICS, RESULT, CURVE, SPECTRUM, CARD, EVENTS)
 
 INITIALIZERS = {
     "uniform": uniform,
@@ -214,7 +219,7 @@ def check_folder(config: Config, needed: int = 0) -> bool:
         NotADirectoryError: the path goes through a file.
         PermissionError: the folder can't be written to.
         OSError: the disk is too full.
-        ValueError: Orbax can't use a folder of this name.
+        ValueError: Orbax can't use a folder of this name, or files of the unfinished run are damaged.
     """
     folder = config.output.folder
     check_writable("train", folder, "--output.folder", needed)
@@ -224,11 +229,113 @@ def check_folder(config: Config, needed: int = 0) -> bool:
     if (folder / RESULT).exists() or not (folder / CONFIG).exists():
         fix = "choose another --output.folder, or pass --output.overwrite."
         raise FileExistsError(complain("train", f"{folder} holds a run already.", there, fix))
+    check_files("resume", folder)
     differ = differences(configs.read(folder / CONFIG), config)
     if differ:
         fix = "go on with the same settings, choose another --output.folder, or pass --output.overwrite."
         raise FileExistsError(complain("train", f"{folder} holds an unfinished run of another job.", differ, fix))
     return True
+
+
+def check_files(who: str, folder: Path) -> None:
+    """Checks the small files of a run against their digests; its history and its result may be missing.
+
+    Raises:
+        ValueError: files were changed after they were written, or are missing; all of them are listed.
+    """
+    damage = {name: how for name, how in find_damage(folder).items() if how == "changed" or name not in (METRICS, RESULT)}
+    if damage:
+        problem = f"{count(len(damage), 'file')} of the run {folder} damaged or missing."
+        fix = "put the files back as they were, or begin anew with --output.overwrite."
+        raise ValueError(complain(who, problem, [f"{name!r}  {how}" for name, how in damage.items()], fix))
+
+
+def check_best(folder: Path, task: Task) -> None:
+    """Checks that the best adapter of an unfinished run can be read, which the end of the run needs.
+
+    Raises:
+        ValueError: it is missing, damaged, or of another base.
+    """
+    try:
+        restore_adapter(folder / ADAPTER, task.loaded.params, model=task.loaded.model)
+    except ValueError as error:
+        problem = "the best adapter so far can't be read, and the run can't end without it."
+        fix = f"put {folder / ADAPTER} back as it was, or begin anew with --output.overwrite."
+        raise ValueError(complain("resume", problem, str(error).splitlines()[:-1], fix)) from error
+
+
+class FolderLock:
+    """The lock of a folder that one run at a time writes to.
+
+    It is a lock on a file, which the kernel releases when the process ends, however it ends. The file stays: if it were
+    removed, two processes could lock two files of the same name. Of several processes of one run the first holds it.
+
+    Args:
+        who: the command, for the error.
+        folder: the folder.
+    """
+
+    def __init__(self, who: str, folder: Path):
+        self.who, self.folder = who, folder
+        self._file: int | None = None
+
+    def __enter__(self) -> "FolderLock":
+        """Locks the folder if it was locked before; a folder that is new stays as it is until `acquire`."""
+        on_first_process(self.who, lambda: self._lock() if (self.folder / LOCK).exists() else None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def acquire(self) -> None:
+        """Locks the folder, and makes it where it is missing.
+
+        Raises:
+            BlockingIOError: another process has locked it.
+        """
+        on_first_process(self.who, self._lock)
+
+    def _lock(self) -> None:
+        if self._file is not None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(file, 1000).decode("utf-8", "replace").strip() or "another process"
+            os.close(file)
+            fix = f"wait until it has ended, or choose another folder than {self.folder}."
+            raise BlockingIOError(complain(self.who, f"{holder} is writing to {self.folder}.", [], fix)) from None
+        except OSError:
+            # A file system without locks: its runs are not protected from each other.
+            pass
+        os.ftruncate(file, 0)
+        os.write(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._file = file
+
+
+def on_first_process(who: str, action: Callable[[], None]) -> None:
+    """Runs an action in the first process of a run; where it fails, all of them raise.
+
+    Raises:
+        OSError: it failed in the first process, and this is another one.
+    """
+    error: Exception | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.process_allgather(np.int32(failed)).max())
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError(complain(who, "the first process of the run failed.", [], "read what it printed."))
 
 
 def differences(before: Config, now: Config) -> list[str]:
@@ -287,6 +394,13 @@ def begin_run(
     write_whole(folder / LABELS, text)
     if tokenizer is not None and not (folder / TOKENIZER).exists():
         save_tokenizer(folder / TOKENIZER, tokenizer)
+    write_digests(folder, files_of_job(folder))
+
+
+def files_of_job(folder: Path) -> list[str]:
+    """The files of a run that are written before it trains, and stay as they are."""
+    tokenizer = (path for path in (folder / TOKENIZER).rglob("*") if path.is_file())
+    return [CONFIG, LABELS, *sorted(path.relative_to(folder).as_posix() for path in tokenizer)]
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -294,6 +408,13 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".tmp")
     beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def write_result(folder: Path, text: str) -> None:
+    """Writes the result of a run, which finishes it, and the digests of its small files."""
+    write_whole(folder / RESULT, text)
+    history = [METRICS] if (folder / METRICS).exists() else []
+    write_digests(folder, [*files_of_job(folder), *history, RESULT])
 
 
 def save_best(folder: Path, params: Tree, task: Task) -> None:
@@ -334,6 +455,7 @@ def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None 
     if missing:
         fix = "pass the folder that `jlora train` wrote."
         raise FileNotFoundError(complain("load_run", f"{folder} holds no run.", missing, fix))
+    check_files("load_run", folder)
     config = configs.read(folder / CONFIG)
     if model is not None:
         config = configs.with_model(config, model)

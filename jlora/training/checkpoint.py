@@ -39,7 +39,7 @@ from jlora.core.targets import Pattern
 from jlora.core.tree import adapter_leaf, is_wrapped, kernels, split
 
 FORMAT, VERSION = "jlora-adapter", 1
-METADATA, SAVING = "adapter.json", "adapter.saving"
+METADATA, SAVING, DIGESTS = "adapter.json", "adapter.saving", "files.json"
 ARRAYS = re.compile(r"arrays-[0-9a-f]{32}")
 ENTRIES = {"arrays": str, "train": list} | dict.fromkeys(("targets", "leaves", "files", "base", "libraries"), dict)
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -337,6 +337,34 @@ def _sample(leaf: Any) -> str | None:
     if isinstance(sharding, NamedSharding):  # which on a mesh with explicit axes must be told where values go
         return digest_array(np.asarray(leaf.at[index].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))))
     return digest_array(np.asarray(leaf[index]))
+
+
+def write_digests(folder: File, names: Iterable[str]) -> None:
+    """Writes the digests of files in a folder into its files.json, in place of those before."""
+    content = {"files": {name: _sha256((folder / name).read_bytes()) for name in names}}
+    beside = folder / f"{DIGESTS}.tmp"
+    beside.write_text(json.dumps(content | {"sha256": digest_json(content)}, indent=1))
+    beside.replace(folder / DIGESTS)
+
+
+def find_damage(folder: File) -> dict[str, str]:
+    """The files of a folder that differ from their digests in its files.json, each "changed" or "missing".
+
+    Empty where all of them are whole, and where the folder has no files.json, as before jlora wrote one.
+    """
+    record = folder / DIGESTS
+    if not record.exists():
+        return {}
+    try:
+        content = json.loads(record.read_bytes())
+        seal = content.pop("sha256")
+        files = {name: (digest, file_digest(folder / name)) for name, digest in content["files"].items()}
+        whole = seal == digest_json(content)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        return {DIGESTS: "changed"}
+    return {name: "changed" if now else "missing" for name, (digest, now) in files.items() if now != digest}
 
 
 def _version(library: str) -> str | None:

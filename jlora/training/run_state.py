@@ -11,7 +11,6 @@ The digests find what a disk or a copy changes afterwards, and keep Orbax from r
 """
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +21,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jlora.core.errors import complain, count
-from jlora.training.checkpoint import check_name, digest_json, file_digest, file_digests, writing
+from jlora.training.checkpoint import check_name, find_damage, write_digests, writing
 from jlora.training.step import TrainState
-
-RECORD = "files.json"
 
 
 class RestoredState(NamedTuple):
@@ -119,9 +116,10 @@ class RunCheckpoints:
             (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
             # Orbax writes to the files beside the items once more.
             items = [item for item in folder.iterdir() if item.is_dir()]
-            files = {f"{item.name}/{name}": digest for item in items for name, digest in file_digests(item).items()}
-            content = {"files": files}
-            (folder / RECORD).write_text(json.dumps(content | {"sha256": digest_json(content)}, indent=1))
+            files = [
+                path.relative_to(folder).as_posix() for item in items for path in item.rglob("*") if path.is_file()
+            ]
+            write_digests(folder, files)
 
     def _read(self, step: int, template: Any) -> tuple[Any, str | None]:
         """The items of a step, and why they can't be used; None where they can."""
@@ -164,18 +162,8 @@ def _typed(values: dict[str, Any], like: TrainState) -> TrainState:
 
 def _damage(folder: Path) -> str | None:
     """How the files of a checkpoint differ from those saved; None where they do not, or there are no digests."""
-    record = folder / RECORD
-    if not record.exists():
-        return None
-    try:
-        content = json.loads(record.read_bytes())
-        seal = content.pop("sha256")
-        wrong = [name for name, digest in content["files"].items() if file_digest(folder / name) != digest]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return f"{RECORD} is damaged"
-    if seal != digest_json(content):
-        return f"{RECORD} is damaged"
-    return f"{count(len(wrong), 'file')} damaged or missing: {', '.join(wrong)}" if wrong else None
+    damaged = find_damage(folder)
+    return f"{count(len(damaged), 'file')} damaged or missing: {', '.join(damaged)}" if damaged else None
 
 
 def _agreed(reason: str | None) -> str | None:

@@ -91,6 +91,8 @@ def make_train_step(
       ValueError: `accumulate` or `clip` is out of range; at the first call, a batch that can't be cut evenly,
         a loss that never reads the adapters, or an aux that uses the name of another metric.
       TypeError: at the first call, a loss that is no floating scalar, or an aux that is no dict.
+
+    At any call, a state that an earlier call donated is a ValueError.
     """
     _check_options(accumulate, clip)
     tx = optax.with_extra_args_support(tx)
@@ -115,7 +117,31 @@ def make_train_step(
         state = TrainState(state.step + 1, adapters, opt_state, state.key, skipped)
         return state, {"loss": loss, "grad_norm": norm, "skipped": skipped, **aux}
 
-    return jax.jit(step, donate_argnums=0)
+    return _DonatingStep(jax.jit(step, donate_argnums=0))
+
+
+class _DonatingStep:
+    """A jitted step that refuses a state whose memory an earlier call has reused; otherwise the jitted function."""
+
+    def __init__(self, jitted: Any):
+        self._jitted = jitted
+
+    def __call__(self, state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
+        if any(isinstance(leaf, jax.Array) and _is_deleted(leaf) for leaf in jax.tree.leaves(state)):
+            problem = "this state was given to an earlier step, which reused its memory."
+            fix = (
+                "go on with the state that step returned, `state, metrics = step(state, base, batch)`, or keep a copy: "
+            )
+            raise ValueError(complain("make_train_step", problem, [], fix + "jax.tree.map(jnp.copy, state)."))
+        return self._jitted(state, base, batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._jitted, name)
+
+
+def _is_deleted(leaf: jax.Array) -> bool:
+    # Under another transformation a leaf is a tracer, which has no buffer.
+    return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
 
 
 def _mean_gradient(
