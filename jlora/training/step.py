@@ -127,21 +127,30 @@ class _DonatingStep:
         self._jitted = jitted
 
     def __call__(self, state: TrainState, base: Tree, batch: Batch) -> tuple[TrainState, Metrics]:
-        if any(isinstance(leaf, jax.Array) and _is_deleted(leaf) for leaf in jax.tree.leaves(state)):
-            problem = "this state was given to an earlier step, which reused its memory."
-            fix = (
-                "go on with the state that step returned, `state, metrics = step(state, base, batch)`, or keep a copy: "
-            )
-            raise ValueError(complain("make_train_step", problem, [], fix + "jax.tree.map(jnp.copy, state)."))
-        return self._jitted(state, base, batch)
+        if _is_deleted(state.step):
+            raise _donated_error()
+        try:
+            return self._jitted(state, base, batch)
+        except (RuntimeError, ValueError) as error:
+            # A call that fails while it runs has taken all of the state, and one that JAX refuses none of it: leaves
+            # that are gone beside a step number that is not come from another state.
+            if not _is_deleted(state.step) and any(map(_is_deleted, jax.tree.leaves(state))):
+                raise _donated_error() from error
+            raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._jitted, name)
 
 
-def _is_deleted(leaf: jax.Array) -> bool:
-    # Under another transformation a leaf is a tracer, which has no buffer.
-    return not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+def _is_deleted(leaf: Any) -> bool:
+    # Under another transformation a leaf is a tracer, which has no memory.
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted()
+
+
+def _donated_error() -> ValueError:
+    problem = "this state was given to an earlier step, which reused its memory."
+    fix = "go on with the state that step returned, `state, metrics = step(state, base, batch)`, or keep a copy: "
+    return ValueError(complain("make_train_step", problem, [], fix + "jax.tree.map(jnp.copy, state)."))
 
 
 def _mean_gradient(
