@@ -243,7 +243,9 @@ def check_files(who: str, folder: Path) -> None:
     Raises:
         ValueError: files were changed after they were written, or are missing; all of them are listed.
     """
-    damage = {name: how for name, how in find_damage(folder).items() if how == "changed" or name not in (METRICS, RESULT)}
+    damage = {
+        name: how for name, how in find_damage(folder).items() if how == "changed" or name not in (METRICS, RESULT)
+    }
     if damage:
         problem = f"{count(len(damage), 'file')} of the run {folder} damaged or missing."
         fix = "put the files back as they were, or begin anew with --output.overwrite."
