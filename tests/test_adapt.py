@@ -1,9 +1,14 @@
 """`adapt` as a function transform: any signature, one trace, the base's bits at the start, and errors that say why."""
 
 import functools
+import importlib.util
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import UserDict
+from pathlib import Path
 from types import MappingProxyType
 
 import jax
@@ -588,3 +593,30 @@ def test_a_table_of_one_row_is_looked_up():
     fn = lambda params, ids: params["table"][ids] + 1
     ids = jnp.zeros((2, 3), jnp.int32)
     np.testing.assert_allclose(adapt(fn)(wrapped, ids), fn(merge(wrapped), ids), rtol=1e-6)
+
+
+ELSEWHERE = """
+import sys
+import jax, jax.numpy as jnp, jlora
+assert jax.__file__.startswith(sys.argv[1]), jax.__file__
+params = jlora.wrap({"kernel": jnp.ones((4, 4))}, 2)
+try:
+    jlora.adapt(lambda params: jnp.sort(params["kernel"]))(params)  # the user's line
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_an_errors_line_is_the_users_where_jax_is_outside_site_packages(tmp_path):
+    libraries, script = tmp_path / "libraries", tmp_path / "model.py"
+    libraries.mkdir()
+    for name in ("jax", "jaxlib"):
+        (libraries / name).symlink_to(Path(importlib.util.find_spec(name).origin).parent)
+    script.write_text(ELSEWHERE)
+    paths = os.pathsep.join(
+        [str(libraries), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path(__file__).parents[1])]
+    )
+    command = [sys.executable, str(script), str(libraries)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=True)
+    line = ELSEWHERE.splitlines().index(next(row for row in ELSEWHERE.splitlines() if "the user's" in row)) + 1
+    assert f"'kernel' in `sort`  at {script}:{line} (<lambda>)" in done.stdout

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jlora.cli import main
 from jlora.recipes import config as configs
 from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output, Run
 
@@ -172,7 +173,7 @@ positive = st.floats(1e-8, 1e8)
     question=st.lists(text, max_size=3),
     alpha=st.none() | positive,
     rate=positive,
-    targets=st.none() | text,
+    targets=st.none() | text | st.lists(text, min_size=1, max_size=2).map(tuple),
     ranks=st.dictionaries(text, st.integers(1, 99), max_size=2),
     rslora=st.booleans(),
     mesh=st.none() | text,
@@ -192,3 +193,23 @@ def test_a_config_written_down_reads_back_as_it_was(
     path = tmp_path_factory.mktemp("config") / "config.toml"
     path.write_text(configs.to_toml(config), encoding="utf-8", newline="")
     assert configs.read(path) == config
+
+
+def test_targets_are_a_regular_expression_or_a_list_of_names(tmp_path):
+    for written, read in ((".*/query/kernel", ".*/query/kernel"), (["query", "value"], ("query", "value"))):
+        config = parse(tmp_path, adapter={"targets": written})
+        assert config.adapter.targets == read and configs.check(config) == config
+    with pytest.raises(ValueError, match=r"adapter\.targets = 3  expected: a list of strings or a string"):
+        parse(tmp_path, adapter={"targets": 3})
+
+
+def test_targets_on_the_command_line_win_over_those_of_the_file(tmp_path):
+    job = tmp_path / "job.toml"
+    job.write_text(EXAMPLE.read_text().replace("[adapter]", '[adapter]\ntargets = ["query", "value"]'))
+    for flags, expected in (
+        ([], ("query", "value")),
+        (["--adapter.targets", "key", "value"], ("key", "value")),
+        (["--adapter.targets", ".*/key/kernel"], ".*/key/kernel"),
+    ):
+        config = configs.check(main.parse(["train", str(job), *flags]).settings)
+        assert config.adapter.targets == expected

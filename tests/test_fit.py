@@ -1,11 +1,14 @@
 """Pieces of the training loop; whole runs are in test_recipes and test_survival."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import optax
 import pytest
 
-from jlora.recipes.config import Optimisation
-from jlora.recipes.fit import named_optimizer, prepare, schedule
+from jlora.recipes.config import Config, Data, Model, Optimisation, Output
+from jlora.recipes.fit import check_training, named_optimizer, prepare, schedule
 
 
 def batch():
@@ -47,3 +50,19 @@ def test_an_optimizer_is_found_in_optax_by_name():
         named_optimizer(Optimisation(optimizer="adamv"), 10)
     with pytest.raises(ValueError, match=r"optax\.sgd has no weight decay"):
         named_optimizer(Optimisation(optimizer="sgd", weight_decay=0.1), 10)
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "sm3", "rprop"])
+def test_an_optimizer_that_needs_more_than_a_gradient_is_refused_at_the_start(name):
+    with pytest.raises(
+        ValueError, match=rf"optax\.{name} needs more than a learning-rate schedule, a gradient and"
+    ) as e:
+        named_optimizer(Optimisation(optimizer=name), 10)
+    assert "\nFix: choose another optimizer" in str(e.value)
+
+
+def test_a_batch_that_the_accumulation_does_not_divide_is_refused_at_the_start():
+    job = Config(model=Model(name="m"), data=Data(train=Path("/a")), output=Output(folder=Path("/out")))
+    check_training(replace(job, optimisation=Optimisation(batch_size=6, accumulate=3)))
+    with pytest.raises(ValueError, match=r"equal microbatches\.\n  batch_size = 6, accumulate = 4\nFix: "):
+        check_training(replace(job, optimisation=Optimisation(batch_size=6, accumulate=4)))

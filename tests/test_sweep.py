@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -253,3 +254,39 @@ def test_members_have_to_share_kernels_and_base():
 def test_too_few_batches_are_an_error():
     with pytest.raises(ValueError, match="batches of seed 0 came to an end"):
         sweep(batches=lambda seed: itertools.islice(batches(seed), 3), ranks=(4,), steps=5)
+
+
+WRONG = {
+    "loss_fn": (
+        lambda params, batch: 0.0,
+        r"loss_fn takes \(params, batch\)  expected: a function loss_fn\(params, batch",
+    ),
+    "start": (BASE, r"start is of type dict  expected: a function start\(member\)"),
+    "batches": ([X], r"batches is of type list  expected: a function batches\(seed\)"),
+    "evaluate": (lambda: {}, r"evaluate takes \(\)  expected: a function evaluate\(params\)"),
+    "optimizer": (optax.adamw(1e-3), "optimizer is of type GradientTransformation.*  expected: a function optimizer"),
+    "key": (jax.random.key(0), r"key is of type .*  expected: a function key\(seed\)"),
+    "tell": (3, r"tell is of type int  expected: a function tell\(event\)"),
+}
+
+
+def test_arguments_that_are_not_the_functions_a_sweep_calls_are_listed_at_once():
+    options = {name: value for name, (value, _) in WRONG.items()}
+    with pytest.raises(TypeError, match="sweep: 7 arguments of the wrong kind") as caught:
+        jlora.sweep(steps=1, **options)
+    for _, words in WRONG.values():
+        assert re.search(words, str(caught.value)), words
+    with pytest.raises(TypeError, match="sweep: ranks is 8, not a sequence"):
+        sweep(steps=1, ranks=8)
+
+
+def test_results_of_another_kind_are_refused():
+    for options, words in (
+        ({"start": lambda member: BASE}, "sweep: the tree has no adapter"),
+        ({"start": lambda member: None}, "sweep: params is None, not a tree"),
+        ({"evaluate": lambda params: 0.5}, "evaluate returned a value of type float(.|\n)*dict of metrics"),
+        ({"batches": lambda seed: 3}, "batches returned a value of type int(.|\n)*iterable of batches"),
+        ({"optimizer": lambda rate: rate}, "optimizer returned a value of type float(.|\n)*an optimizer of optax"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            sweep(steps=1, ranks=(4,), **options)

@@ -319,3 +319,32 @@ def test_bad_input_is_one_error_that_names_it_and_the_fix(call: Any, words: str)
 def test_a_rank_that_is_no_whole_number_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="rank must be an int"):
         jlora.wrap(dense(6, 4), 2.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "init", [jlora.core.tree.uniform, jax.nn.initializers.orthogonal()], ids=["uniform", "orthogonal"]
+)
+@pytest.mark.parametrize("experts", [(), (2,)], ids=["dense", "experts"])
+def test_a_marked_stack_is_drawn_as_its_layers_are_one_by_one(experts: tuple[int, ...], init: Any) -> None:
+    kernel, key = jnp.ones((*experts, 6, 5)), jax.random.key(3)
+    letters = "s" * len(experts) + "io"
+    single = {"model": {f"block_{n}": {"up": {"kernel": kernel}} for n in range(3)}}
+    stacked = {"model": {"block": {"up": {"kernel": jnp.stack([kernel] * 3)}}}}
+    options: dict[str, Any] = {"key": key, "init": init}
+    one_by_one = jlora.wrap(single, 2, layout={".*/kernel": letters}, **options)["model"]
+    layout = {"(?P<stack>model/block)/.*/kernel": "s" + letters}
+    together = jlora.wrap(stacked, 2, layout=layout, **options)["model"]["block"]["up"]["kernel_lora_a"]
+    for n in range(3):
+        expected = one_by_one[f"block_{n}"]["up"]["kernel_lora_a"]
+        # A batch of QR decompositions may round otherwise than one does.
+        np.testing.assert_allclose(together[n], expected, rtol=0, atol=0 if init is jlora.core.tree.uniform else 1e-6)
+    unmarked = jlora.wrap(stacked, 2, layout={"model/block/.*/kernel": "s" + letters}, **options)
+    assert (unmarked["model"]["block"]["up"]["kernel_lora_a"] != together).any()
+
+
+@pytest.mark.parametrize("targets", [[], {}, ()])
+def test_targets_that_name_nothing_are_refused(targets: Any) -> None:
+    with pytest.raises(ValueError, match=r"targets is empty(.|\n)*Fix: pass a regular expression"):
+        jlora.wrap(dense(6, 4), 2, targets=targets)
+    with pytest.raises(TypeError, match=r"wrap: targets is 5\.\nFix: "):
+        jlora.wrap(dense(6, 4), 2, targets=5)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ from jlora.interop.huggingface import LoadedModel, shapes
 from jlora.recipes import runs
 from jlora.recipes.batches import Row, check_targets
 from jlora.recipes.config import Config
-from jlora.recipes.fit import Job, make_optimizer, prepare
+from jlora.recipes.fit import Job, check_training, make_optimizer, prepare
 from jlora.recipes.readers import Corpus
 from jlora.recipes.sweep import Judged, Member, Progressed, SweepResult
 from jlora.recipes.sweep import sweep as search
@@ -87,6 +87,7 @@ def sweep(
         "learning_rates": numbers("lr", learning_rates, float, config.optimisation.learning_rate),
         "seeds": numbers("seeds", seeds, int, config.optimisation.seed),
     }
+    check_training(config)
     metric = check_metric(config, metric)
     check_folder(config, out, overwrite)
     with runs.FolderLock("sweep", out) as lock:

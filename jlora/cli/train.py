@@ -31,7 +31,18 @@ from jlora.recipes import runs
 from jlora.recipes.agreement import coarsest_dtype, compare
 from jlora.recipes.batches import Row, Rows, balance_classes, check_targets, make_rows, pack
 from jlora.recipes.config import Config, Data
-from jlora.recipes.fit import Compiled, Evaluation, Job, Resumed, Snapshot, Step, can_be_written, fit, nulled
+from jlora.recipes.fit import (
+    Compiled,
+    Evaluation,
+    Job,
+    Resumed,
+    Snapshot,
+    Step,
+    can_be_written,
+    check_training,
+    fit,
+    nulled,
+)
 from jlora.recipes.holdout import hold_out
 from jlora.recipes.readers import Corpus, read_corpus
 from jlora.recipes.runs import Run
@@ -118,6 +129,7 @@ def train(config: Config) -> Result:
     join_processes()
     # On several hosts one process speaks and writes.
     console, folder = Terminal(quiet=jax.process_index() != 0), config.output.folder
+    check_training(config)
     runs.check_folder(config)
     with runs.FolderLock("train", folder) as lock:
         return train_locked(config, lock, console, start)

@@ -176,7 +176,7 @@ def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[Path, Any]:
     """
     leaves = flatten(tree, who)
     if not leaves and children(tree) is None:
-        kind = "None" if tree is None else f"a {type(tree).__name__}"
+        kind = "None" if tree is None else f"of type {type(tree).__name__}"
         fix = "pass the model's parameters: nested dicts of arrays."
         raise TypeError(complain(who, f"{name} is {kind}, not a tree of arrays.", [], fix))
     if not leaves:

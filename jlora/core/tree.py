@@ -1,9 +1,11 @@
 """The wrapped tree: adapters put beside kernels, taken away, folded in, split off and put back."""
 
+import functools
 import math
+import re
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +73,9 @@ def wrap(
         first match wins. None means every leaf named `kernel`, or with `layout` every leaf in it that a matmul or a
         convolution contracts.
       layout: what `infer_layout` gave, or layouts of your own by slash path or regular expression: one letter an
-        axis, `s` stack, `i` in, `o` out, `v` the rows of a table looked up.
+        axis, `s` stack, `i` in, `o` out, `v` the rows of a table looked up. A regular expression may mark the module
+        that holds a stack, as in `(?P<stack>layers)/.*/kernel`: layer n is then drawn as the kernel of `layers_n`
+        would be, so that stacked layers start as the same layers one by one do.
       key: seeds A; a kernel's draw depends on the key and its path alone. None means `jax.random.key(0)`.
       rslora: scale by alpha / sqrt(rank) instead.
       init: draws A as a (fan_in, rank) matrix for each stacked kernel, with the arguments of
@@ -104,11 +108,13 @@ def wrap(
     rules = {path: _complete(rule, rank, alpha, caps.get(path)) for path, rule in chosen.items()}
     _check_ranks(rules, leaves, limits)
     key = jax.random.key(0) if key is None else key
+    stacks = _stacks(rules, {pattern: ls for pattern, ls in (layout or {}).items() if pattern not in leaves})
 
     def pair(path: Path, kernel: Any) -> tuple[Any, Any, Any]:
         rule = rules[path]
         scale = rule.alpha / (math.sqrt(rule.rank) if rslora else rule.rank)
-        make = lambda: _new_pair(kernel.shape, kernel.dtype, told[path], rule.rank, scale, _key_of(key, path), init)
+        keys = functools.partial(_keys_of, key, path, stacks.get(path))
+        make = lambda: _new_pair(kernel.shape, kernel.dtype, told[path], rule.rank, scale, keys, init)
         return jax.eval_shape(make) if isinstance(kernel, jax.ShapeDtypeStruct) else make()
 
     def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
@@ -154,8 +160,27 @@ def _check_room(params: Tree, paths: Iterable[Path]) -> None:
         raise ValueError(complain("wrap", problem, numbers, "rename the key, or leave it out with targets=."))
 
 
-def _key_of(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+def _stacks(paths: Iterable[Path], layout: Mapping[str, Layout]) -> dict[Path, int]:
+    """Where the name of the module that holds a stack ends in a kernel's path, for kernels whose layout marks it."""
+    patterns = [re.compile(pattern) for pattern in layout]
+    found = {path: next(filter(None, (p.fullmatch(path) for p in patterns)), None) for path in paths}
+    return {path: match.end("stack") for path, match in found.items() if match and match.groupdict().get("stack")}
+
+
+def _keys_of(key: Key[Array, ""], path: Path, stack: int | None, shape: tuple[int, ...]) -> Key[Array, "*stack"]:
+    """Keys for the draws of a kernel, one for each place of its stack.
+
+    Args:
+      key: of the whole tree.
+      path: of the kernel.
+      stack: where the name of the module that holds the stack ends in the path; None where it is not marked.
+      shape: of the stack.
+    """
+    split = lambda path, shape: jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), shape)
+    if stack is None or not shape:
+        return split(path, shape)
+    layers = (f"{path[:stack]}_{n}{path[stack:]}" for n in range(shape[0]))
+    return jnp.stack([split(layer, shape[1:]) for layer in layers])
 
 
 def _new_pair(
@@ -164,17 +189,16 @@ def _new_pair(
     layout: Layout,
     rank: int,
     scale: float,
-    key: Key[Array, ""],
+    keys: Callable[[tuple[int, ...]], Key[Array, "*stack"]],
     init: Initializer,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "*stack"]]:
     dtype = jnp.promote_types(dtype, jnp.float32)
     shape_a, shape_b, shape_scaling = layouts.pair_shapes(shape, layout, rank)
     fan_in, _ = layouts.fans(shape, layout)
-    keys = jax.random.split(key, shape_scaling)
     draw = lambda key: init(key, (fan_in, rank), dtype)
     for _ in shape_scaling:
         draw = jax.vmap(draw)
-    drawn = draw(keys)
+    drawn = draw(keys(shape_scaling))
     # Aligned pairs may have stack and in axes interleaved: lay the draw out as (*stack, *in), then put axes in place.
     order = [n for kind in ("s", "iv") for n, letter in enumerate(layout) if letter in kind]
     drawn = drawn.reshape([*(shape[n] for n in order), rank])
@@ -202,6 +226,7 @@ def _choose(
     leaves: Mapping[Path, Any], targets: Targets | None, given: Mapping[Path, Layout] | None
 ) -> dict[Path, Rule]:
     if targets is not None:
+        _check_targets(targets)
         return resolve(targets, leaves)
     if given is None:
         chosen = [path for path in leaves if path.rsplit("/", 1)[-1] == "kernel"]
@@ -218,6 +243,14 @@ def _choose(
             )
         )
     return dict.fromkeys(chosen, Rule())
+
+
+def _check_targets(targets: Any) -> None:
+    kinds = "a regular expression, a list of names, or a dict of either to a rank or a Rule"
+    if not isinstance(targets, Iterable):
+        raise TypeError(complain("wrap", f"targets is {targets!r}.", [], f"pass {kinds}."))
+    if isinstance(targets, Collection) and not len(targets):
+        raise ValueError(complain("wrap", "targets is empty, so nothing was targeted.", [], f"pass {kinds}."))
 
 
 class _Size(NamedTuple):

@@ -376,7 +376,7 @@ class Bert(nn.Module):
     @property
     def lora_layout(self) -> dict[str, str] | None:
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
-        return {r"encoder/layer/.*/kernel": "sio"} if self.config.scan else None
+        return {r"(?P<stack>encoder/layer)/.*/kernel": "sio"} if self.config.scan else None
 
     def __post_init__(self):
         check_choice("Bert", head=(self.head, HEADS), pooling=(self.pooling, POOLINGS))

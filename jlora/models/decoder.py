@@ -425,7 +425,7 @@ class Decoder(nn.Module):
     @property
     def lora_layout(self) -> dict[str, str] | None:
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
-        return {r"layers/.*/kernel": "sio"} if self.config.scan else None
+        return {r"(?P<stack>layers)/.*/kernel": "sio"} if self.config.scan else None
 
     @property
     def label_module(self) -> str:

@@ -227,7 +227,7 @@ class Gpt2(nn.Module):
     @property
     def lora_layout(self) -> dict[str, str] | None:
         """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
-        return {r"h/.*/kernel": "sio"} if self.config.scan else None
+        return {r"(?P<stack>h)/.*/kernel": "sio"} if self.config.scan else None
 
     @property
     def label_module(self) -> str:

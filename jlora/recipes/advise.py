@@ -4,6 +4,7 @@ The bands are the habits of the field: 4 to 16 for simple tasks, 16 to 64 for me
 few data take the low end and many the high one. `jlora.sweep` measures what this guesses.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -87,7 +88,7 @@ def advise(
     examples: int,
     difficulty: Difficulty | None = None,
     model: str | Path | LoadedModel | None = None,
-    targets: str | None = None,
+    targets: str | Sequence[str] | None = None,
     memory: int | str | None = None,
     **settings: Any,
 ) -> Advice:
@@ -99,7 +100,8 @@ def advise(
         difficulty: "simple", "medium" or "complex"; None for what the task most often is.
         model: a folder in Hugging Face form, a name on the hub, or what `load_model` gave: no rank is advised that its
             kernels have no room for. Of a folder or name config.json alone is read.
-        targets: regular expression for the paths of its kernels that are adapted; None for all but the head.
+        targets: the kernels that are adapted: a regular expression for their paths, or names of modules; None for all
+            but the head.
         memory: what there is, in bytes or as "24GB": no rank is advised whose step `jlora.plan` finds too large for it.
         settings: of the step, as `jlora.plan` takes them: batch_size, sequence, dtype and others.
 
@@ -127,7 +129,8 @@ def advise(
             low, rank, high = (min(value, _power(most)) for value in (low, rank, high))
             reasons.append(f"The smallest kernel has room for rank {most}: no more than {high}.")
         if memory is not None:
-            wanted = Settings(task=task, targets=targets, **settings)  # type: ignore[arg-type]
+            names = targets if targets is None or isinstance(targets, str) else tuple(targets)
+            wanted = Settings(task=task, targets=names, **settings)  # type: ignore[arg-type]
             rank, high, size, said = _fit(loaded, read_memory(memory), rank, high, wanted)
             low = min(low, rank)
             reasons += said
@@ -168,7 +171,7 @@ def _check(
         raise ValueError(complain("advise", "nothing can be advised.", wrong, "correct them."))
 
 
-def _room(loaded: LoadedModel, targets: str | None) -> int:
+def _room(loaded: LoadedModel, targets: str | Sequence[str] | None) -> int:
     """The highest rank that all targeted kernels have room for."""
     tree = wrap(loaded.params, 1, targets=targets or loaded.model.lora_targets, layout=loaded.model.lora_layout)
     leaves = flatten(tree)

@@ -126,7 +126,8 @@ class Adapter:
     Attributes:
         rank: columns of A and rows of B
         alpha: numerator of the scaling alpha / rank; left out, it is the rank
-        targets: regular expression for the paths of kernels; left out, all but the head
+        targets: a regular expression for the paths of kernels, or a list of names of modules, as PEFT's target_modules;
+            left out, all but the head
         ranks: ranks of their own, by regular expression; the first match wins, what matches none has `rank`
         dropout: share of an adapter's input that is dropped while training
         rslora: scale by alpha / sqrt(rank) instead
@@ -137,7 +138,7 @@ class Adapter:
 
     rank: Annotated[int, Range(1)] = 8
     alpha: Annotated[float, Range(0, above=True)] | None = None
-    targets: str | None = None
+    targets: str | tuple[str, ...] | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     dropout: Annotated[float, Range(0, 0.9)] = 0.0
     rslora: bool = False

@@ -287,8 +287,28 @@ def make_optimizer(options: Optimisation, steps: int, adapters: Tree) -> optax.G
     return optax.chain(named_optimizer(options, steps), scale)
 
 
+def check_training(config: Config) -> None:
+    """Finds out whether a job can be trained, whatever its model and data are.
+
+    Raises:
+        ValueError: an optimizer that optax does not have or that this loop can't run, or a batch that can't be cut into
+            the microbatches of an accumulation.
+    """
+    options = config.optimisation
+    named_optimizer(options, 1)
+    if options.batch_size % options.accumulate:
+        offenders = [f"batch_size = {options.batch_size}, accumulate = {options.accumulate}"]
+        fix = "make batch_size a multiple of accumulate."
+        raise ValueError(complain("train", "a batch can't be cut into equal microbatches.", offenders, fix))
+
+
 def named_optimizer(options: Optimisation, steps: int) -> optax.GradientTransformation:
-    """An optimizer of optax, with the config's rate and decay."""
+    """An optimizer of optax, with the config's rate and decay.
+
+    Raises:
+        ValueError: optax has none of that name, it takes no weight decay, or it needs more than a schedule of the
+            learning rate, a gradient and a loss.
+    """
     known = {name: make for name, make in vars(optax).items() if is_optimizer(make)}
     if options.optimizer not in known:
         offenders = [f"{options.optimizer!r}  nearest: {', '.join(nearest(options.optimizer, known, 3))}"]
@@ -299,7 +319,20 @@ def named_optimizer(options: Optimisation, steps: int) -> optax.GradientTransfor
         problem = f"optax.{options.optimizer} has no weight decay."
         raise ValueError(complain("train", problem, [], "leave weight_decay out, or take adamw."))
     decay = {"weight_decay": options.weight_decay} if takes_decay else {}
-    return make(schedule(options, steps), **decay)
+    try:
+        tx = make(schedule(options, steps), **decay)
+        jax.eval_shape(functools.partial(_update_once, tx))
+    except (TypeError, ValueError) as error:
+        problem = f"optax.{options.optimizer} needs more than a learning-rate schedule, a gradient and the loss."
+        fix = "choose another optimizer, as adamw or adafactor."
+        raise ValueError(complain("train", problem, [str(error).splitlines()[0]], fix)) from None
+    return tx
+
+
+def _update_once(tx: optax.GradientTransformation) -> Any:
+    """An update of a small matrix, with what a training step gives an optimizer."""
+    params = {"kernel_lora_a": jnp.ones((3, 2))}
+    return optax.with_extra_args_support(tx).update(params, tx.init(params), params, value=jnp.zeros(()))
 
 
 def is_optimizer(make: Any) -> bool:

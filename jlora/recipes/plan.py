@@ -43,7 +43,8 @@ class Settings:
 
     Attributes:
         rank: columns of A and rows of B
-        targets: regular expression for the paths of kernels; left out, all but the head
+        targets: a regular expression for the paths of kernels, or a list of names of modules; left out, all but the
+            head
         dropout: share of an adapter's input that is dropped while training
         batch_size: rows to a step
         accumulate: parts a batch is taken in, one after the other
@@ -57,7 +58,7 @@ class Settings:
     """
 
     rank: int = 8
-    targets: str | None = None
+    targets: str | tuple[str, ...] | None = None
     dropout: float = 0.0
     batch_size: int = 1
     accumulate: int = 1

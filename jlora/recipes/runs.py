@@ -32,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.core.errors import complain, count
 from jlora.core.paths import Tree, map_with_path
-from jlora.core.targets import Targets
+from jlora.core.targets import Rule, Targets
 from jlora.core.tree import attach, extract, join, split, uniform, wrap
 from jlora.interop.huggingface import LoadedModel, initialise, load_model
 from jlora.interop.tokenizer import save_tokenizer, use_tokenizer
@@ -118,7 +118,8 @@ def wrap_base(config: Config, loaded: LoadedModel) -> Tree:
     """
     adapter = config.adapter
     pattern = loaded.model.lora_targets if adapter.targets is None else adapter.targets
-    targets: Targets = {**adapter.ranks, pattern: adapter.rank} if adapter.ranks else pattern
+    by_kernel: dict[str | tuple[str, ...], int | Rule] = {**adapter.ranks, pattern: adapter.rank}
+    targets: Targets = by_kernel if adapter.ranks else pattern
     return wrap(
         loaded.params,
         adapter.rank,

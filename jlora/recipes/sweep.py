@@ -7,12 +7,13 @@ the other faster than a batch of them, and while members take turns their activa
 accelerator that one member leaves idle wants them all at once.
 """
 
+import inspect
 import itertools
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from jaxtyping import Array, Key
 from jlora.core.errors import complain, count, nearest
 from jlora.core.layouts import SCALING, A
 from jlora.core.paths import Path, Tree, flatten, partition
-from jlora.core.tree import join, split, with_ranks
+from jlora.core.tree import join, kernels, split, with_ranks
 from jlora.recipes.plan import peak, read_memory, readable, size_of
 from jlora.recipes.recommend import Recommendation, Trial, recommend
 from jlora.training.step import Batch, LossFn, TrainState, make_train_step
@@ -298,9 +299,20 @@ def sweep(
         tell: called with what happens.
 
     Raises:
+        TypeError: arguments that are not functions, or do not take what they are called with, all of them listed; a
+            result of one that is of the wrong kind.
         ValueError: options out of range, all of them listed; a metric that `evaluate` does not give, or that is not
             finite before training; members that do not share a base; no room for one member; too few batches.
     """
+    _check_functions(
+        loss_fn=(loss_fn, "params", "batch", "key"),
+        start=(start, "member"),
+        batches=(batches, "seed"),
+        evaluate=(evaluate, "params"),
+        optimizer=(optimizer, "learning_rate"),
+        key=(key, "seed"),
+        tell=(tell, "event"),
+    )
     members = _grid(ranks, learning_rates, seeds)
     _check(
         tolerance,
@@ -363,12 +375,60 @@ def _trial(outcome: Outcome, metric: str) -> Trial:
     )
 
 
+def _check_functions(**functions: Any) -> None:
+    """Raises where an argument is not a function that can be called as the sweep calls it.
+
+    Args:
+        functions: for each argument what was given, then the names of what it is called with.
+
+    Raises:
+        TypeError: all such arguments are listed.
+    """
+    wrong = []
+    for name, (function, *arguments) in functions.items():
+        expected = f"expected: a function {name}({', '.join(arguments)})"
+        if not callable(function):
+            wrong.append(f"{name} is of type {type(function).__name__}  {expected}")
+        elif not _takes(function, arguments):
+            wrong.append(f"{name} takes {inspect.signature(function)}  {expected}")
+    if wrong:
+        raise TypeError(complain("sweep", f"{count(len(wrong), 'argument')} of the wrong kind.", wrong, "correct it."))
+
+
+def _takes(function: Callable[..., Any], arguments: Sequence[str]) -> bool:
+    """Whether a function can be called with these positional arguments; True where that is unknown."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a built-in function without a signature
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def _check_result(name: str, value: Any, kind: type, expected: str) -> None:
+    """Raises where a function gave a result of another kind.
+
+    Raises:
+        TypeError: says what it gave, and what is expected.
+    """
+    if not isinstance(value, kind):
+        problem = f"{name} returned a value of type {type(value).__name__}."
+        raise TypeError(complain("sweep", problem, [], f"make it return {expected}."))
+
+
 def _grid(ranks: Sequence[int], rates: Sequence[float], seeds: Sequence[int]) -> list[Member]:
     """Every combination, ranks first.
 
     Raises:
         ValueError: values out of range or given twice, all of them listed.
     """
+    for name, values in {"ranks": ranks, "learning_rates": rates, "seeds": seeds}.items():
+        if isinstance(values, str) or not isinstance(values, Collection):
+            problem = f"{name} is {values!r}, not a sequence."
+            raise TypeError(complain("sweep", problem, [], f"pass {name} as a list or tuple of numbers."))
     whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
     real = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
     wrong = [f"rank {rank!r}  expected: a whole number from 1" for rank in ranks if not (whole(rank) and rank > 0)]
@@ -406,6 +466,7 @@ def _measured(metrics: Metrics, metric: str) -> dict[str, float]:
     Raises:
         ValueError: the metric isn't there, or isn't finite.
     """
+    _check_result("evaluate", metrics, Mapping, 'a dict of metrics, as {"loss": 0.5}')
     found = {name: float(value) for name, value in metrics.items()}
     if metric not in found:
         offenders = [f"{metric!r}  there are: {', '.join(found)}; nearest: {nearest(metric, found, 1)[0]}"]
@@ -434,6 +495,7 @@ class _Stream:
     """The batches of one seed, the first of which can be looked at before."""
 
     def __init__(self, batches: Iterable[Batch], seed: int):
+        _check_result("batches", batches, Iterable, "an iterable of batches")
         self.rest, self.seed = iter(batches), seed
 
     def look(self) -> Batch:
@@ -474,7 +536,15 @@ class Field:
     ):
         self.members, self.optimizer, self.key, self.train = members, optimizer, key, train
         self.seeds = list(dict.fromkeys(member.seed for member in members))
+        _check_result(
+            "optimizer",
+            optimizer(members[0].learning_rate),
+            optax.GradientTransformation,
+            "an optimizer of optax, as optax.adamw does",
+        )
         trees = {member: start(member) for member in members}
+        for tree in trees.values():
+            kernels("sweep", tree)
         self.ranks = {
             member: {path[: -len(A)]: leaf.shape[-1] for path, leaf in flatten(tree).items() if path.endswith(A)}
             for member, tree in trees.items()

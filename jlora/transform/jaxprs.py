@@ -5,6 +5,7 @@ From 0.11 on Jaxpr and ClosedJaxpr are one class, and scan describes its consts 
 """
 
 import os
+import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from jax.extend.core import primitives
 
 Equation = Any
 Value = Any
+
+# Libraries between a user's line and an equation, wherever they are installed.
+LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "optax", "haiku", "equinox", "keras", "torchax")
 
 REMAT = primitives.remat_p.name
 
@@ -235,14 +239,18 @@ def split_axis(equation: Equation) -> tuple[Sequence[int], int]:
 def source(equation: Equation) -> str:
     """File and line of the user's code that an equation came from, as "model.py:12 (__call__)"; "" if unknown."""
     trace = equation.source_info.traceback
-    libraries = (
-        sysconfig.get_paths()["purelib"],
-        sysconfig.get_paths()["stdlib"],
-        str(Path(__file__).parents[1]),
-    )
-    inside = ("<", *(folder + os.sep for folder in libraries))
+    inside = ("<", *(folder + os.sep for folder in _library_folders()))
     frames = (frame for frame in (trace.frames if trace else ()) if not frame.file_name.startswith(inside))
     return next((f"{frame.file_name}:{frame.line_num} ({frame.function_name})" for frame in frames), "")
+
+
+def _library_folders() -> set[str]:
+    """Folders of code that is not the user's: installed packages, and libraries that lie elsewhere."""
+    paths = sysconfig.get_paths()
+    found = {paths[name] for name in ("purelib", "platlib", "stdlib")} | {str(Path(__file__).parents[1])}
+    # An editable install, a source tree on PYTHONPATH or a `pip install --target` folder.
+    files = (getattr(sys.modules.get(library), "__file__", None) for library in LIBRARIES)
+    return found | {str(Path(file).parent) for file in files if file}
 
 
 def unread(fn: Callable[..., Any], *args: Any) -> set[int]:
