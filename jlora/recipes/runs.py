@@ -118,8 +118,8 @@ def wrap_base(config: Config, loaded: LoadedModel) -> Tree:
     """
     adapter = config.adapter
     pattern = loaded.model.lora_targets if adapter.targets is None else adapter.targets
-    by_kernel: dict[str | tuple[str, ...], int | Rule] = {**adapter.ranks, pattern: adapter.rank}
-    targets: Targets = by_kernel if adapter.ranks else pattern
+    by_kernel: dict[str | tuple[str, ...], int | Rule] = dict(adapter.ranks.items())
+    targets: Targets = by_kernel | {pattern: adapter.rank} if adapter.ranks else pattern
     return wrap(
         loaded.params,
         adapter.rank,
