@@ -429,6 +429,13 @@ def test_pissa_is_read_after_the_conversion_that_the_error_names(bases, tmp_path
     close(run_jax(loaded.model, params), run_torch(model.eval()), run_torch(base))
 
 
+def test_a_pair_of_two_ranks_is_named_without_its_base(folder, capsys):
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    rewrite(folder, lambda tensors: tensors | {key: np.zeros((32, 4), np.float32)})
+    assert main(["inspect", str(folder)]) == 2
+    assert "q_proj' has A (2, 32) and B (32, 4), which are not of one rank" in capsys.readouterr().err
+
+
 def lay(folder, *names):
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

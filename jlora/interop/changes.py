@@ -39,7 +39,7 @@ def has_values(leaf: Any, read: Reader) -> bool:
         dtypes += [np.dtype(jnp.bfloat16), np.dtype(jnp.float16)]
     for dtype in dtypes:
         # Numbers too large for float16 become infinite, which is a difference and no fault.
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             values = read(dtype).astype(leaf.dtype)
         if values.shape != tuple(leaf.shape):
             return False

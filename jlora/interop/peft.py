@@ -228,7 +228,9 @@ def save_peft(
     ]
     if offenders:
         problem = f"this can't become an adapter for {'PEFT' if target == 'peft' else 'vLLM'}."
-        fix = "leave it out with targets= or train=, or correct names=; save_adapter keeps every tree."
+        fix = (
+            "name in train= all that was trained, leave out the rest, or correct names=; save_adapter keeps every tree."
+        )
         raise ValueError(complain("save_peft", problem, offenders, fix))
     if target == "vllm":
         adapters = uniform(adapters)
@@ -750,7 +752,10 @@ def replace_rows(
             )
             continue
         own = whole_tensor(slot, fold(slot, base[slot.path])[layer][:, cut])
-        rows = np.array(plain.get(name, own), np.promote_types(own.dtype, values.dtype))
+        table_values = plain.get(name, own)
+        if table_values.shape != own.shape:
+            continue  # `misfits` names it
+        rows = np.array(table_values, np.promote_types(own.dtype, values.dtype))
         rows[np.asarray(ids, int)] = values
         plain[name] = rows
         # PEFT ties the rows of a tied head to those of its table.

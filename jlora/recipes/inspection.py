@@ -360,7 +360,12 @@ def describe_peft(folder: File, spectrum: bool) -> Description:
     config, tensors = peft.read_config(folder), peft.read_tensors(folder)
     pairs, plain, tokens, offenders = peft.sort_tensors(Table({}, {}, str, False, []), tensors)
     alphas, whole = PatternMatcher("alpha_pattern"), plain | tokens
-    offenders += [f"{module!r} has no second half" for module, pair in pairs.items() if len(pair.factors) != 2]
+    for module, pair in pairs.items():
+        shapes_ab = [pair.factors[name].shape for name in sorted(pair.factors)]
+        if len(shapes_ab) != 2:
+            offenders.append(f"{module!r} has no second half")
+        elif min(map(len, shapes_ab)) < 2 or shapes_ab[0][0] != shapes_ab[1][1]:
+            offenders.append(f"{module!r} has A {shapes_ab[0]} and B {shapes_ab[1]}, which are not of one rank")
     if offenders:
         problem = f"the adapter in {folder} is damaged."
         raise ValueError(complain("inspect", problem, offenders, "save the adapter again with PEFT's save_pretrained."))
