@@ -10,6 +10,7 @@ from jlora.core.errors import complain
 
 SECONDS = 5.0
 LENGTH = 200_000  # characters
+SHOWN = 200  # characters of a pattern in an error
 REPEATS = 1000  # the product of all counts, as {8}: each is a copy of what it repeats
 COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 
@@ -28,19 +29,23 @@ class PatternMatcher:
             ValueError: the pattern is no regular expression, or takes too long.
         """
         start = time.thread_time()
-        repeats = math.prod(max(1, *(int(n) for n in found if n)) for found in COUNT.findall(pattern) if any(found))
         try:
-            if len(pattern) > LENGTH or repeats > REPEATS:
+            if len(pattern) > LENGTH or count_copies(pattern) > REPEATS:
                 raise TimeoutError
             return (regex.fullmatch if whole else regex.match)(pattern, text, timeout=max(self.left, 0.001))
         except TimeoutError:
             problem = f"{self.field} has a pattern that takes too long to match."
             fix = "write the pattern without a repetition inside a repetition, or name the modules."
-            offenders = [f"{pattern!r} against {text!r}"]
+            offenders = [f"{pattern[:SHOWN]!r} against {text!r}"]
             raise ValueError(complain("load_peft", problem, offenders, fix)) from None
         except (regex.error, RecursionError) as error:
             problem = f"{self.field} has a pattern that is no regular expression."
-            offenders = [f"{pattern!r}  {error}"]
+            offenders = [f"{pattern[:SHOWN]!r}  {error}"]
             raise ValueError(complain("load_peft", problem, offenders, "correct the pattern.")) from error
         finally:
             self.left -= time.thread_time() - start
+
+
+def count_copies(pattern: str) -> float:
+    """How many copies of a character the counts of a pattern can make, at most."""
+    return math.prod(max([1.0, *(float(n) for n in found if n)]) for found in COUNT.findall(pattern))
