@@ -4,16 +4,19 @@ import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import tiny_job
+from safetensors.numpy import load_file, save_file
 
 from jlora.cli import main as commands
 from jlora.cli.main import main
 from jlora.core.paths import flatten
+from jlora.interop.huggingface import load_model, save_model
 from jlora.recipes import runs
 
 torch = pytest.importorskip("torch", reason="no torch, the oracle")
@@ -184,6 +187,70 @@ def test_folders_may_be_given_by_relative_paths(trained, tmp_path, capsys, monke
         json.loads(part) for part in re.split(r"(?<=^\})\n", capsys.readouterr().out.strip(), flags=re.M)
     )
     assert relative == absolute | {"folder": run.name}
+
+
+@pytest.fixture(scope="module")
+def tied(models, tmp_path_factory):
+    """The Llama with its head tied to its table, and an adapter of PEFT for its table alone."""
+    folder = tmp_path_factory.mktemp("tied")
+    base = shutil.copytree(models["llama"], folder / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: value for name, value in tensors.items() if name != "lm_head.weight"}, base / "model.safetensors")
+    tiny_job.change(base / "config.json", '"tie_word_embeddings": false', '"tie_word_embeddings": true')
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return base, folder / "adapter", model
+
+
+def test_a_tied_head_is_separated_where_an_adapter_of_peft_needs_it(tied, tmp_path, capsys):
+    base, adapter, model = tied
+    ids = np.array([[1, 6, 7, 8, 9]])
+    expected = torch_logits(model, ids)
+    for name, command in {
+        "merge": ["merge", adapter, "--out", tmp_path / "merged"],
+        "export": ["export", adapter, "--out", tmp_path / "exported"],
+        "inspect": ["inspect", adapter, "--model", base],
+        "generate": ["generate", base, "where is", "--adapter", adapter, "--max-new-tokens", "2"],
+    }.items():
+        assert main([*map(str, command)]) == 2
+        assert "Fix: load the base with load_model(..., untie=True), or with --untie" in capsys.readouterr().err, name
+        assert main([*map(str, command), "--untie"]) == 0, name
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings is False
+    np.testing.assert_allclose(torch_logits(merged, ids), expected, atol=2e-5)
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_an_error_of_the_rows_that_need_it(models, tmp_path, capsys):
+    whole = load_model(models["llama"])
+    size = whole.config.vocab_size
+    cut, base = load_model(models["llama"], vocab_size=size - 1), tmp_path / "base"
+    save_model(base, cut.model, cut.params, cut.tokenizer)
+    last = whole.tokenizer.convert_ids_to_tokens(size - 1)
+    toml = tiny_job.make_other_job(tmp_path / "job", base, "causal_lm")
+    train = ["train", str(toml), "--optimisation.epochs", "1"]
+    # A token that no row holds does no harm, as the one that pads.
+    assert main(train) == 0, capsys.readouterr().err
+    run = str(tmp_path / "job" / "run")
+    tiny_job.write_lines(tmp_path / "job" / "validation.jsonl", [{"text": f"where is {last}"}])
+    for command, argv in {
+        "train": [*train, "--output.overwrite"],
+        "eval": ["eval", run, "--data", str(tmp_path / "job" / "validation.jsonl")],
+    }.items():
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert f"{command}: the model has {size - 1} tokens, the tokenizer {size}, and the data needs" in error
+        assert f"{last!r} (id {size - 1}) in 1 row\n" in error and f"Fix: set model.vocab_size = {size}" in error
+    for argv in (["predict", run, last], ["generate", str(base), last]):
+        assert main(argv) == 2
+        assert f"prompt 0 has {size - 1}, the vocabulary 0 to {size - 2}" in capsys.readouterr().err
+    assert main(["generate", str(base), last, "--vocab-size", str(size), "--max-new-tokens", "2"]) == 0
+    grown = [*train, "--output.overwrite", "--model.vocab-size", str(size), "--model.untie"]
+    assert main(grown) == 0, capsys.readouterr().err
+    # The adapter alone records how its base is loaded.
+    assert main(["merge", f"{run}/adapter", "--model", str(base), "--out", str(tmp_path / "merged")]) == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == size
 
 
 def stand_ins(folder: Path, models: dict, trained: dict) -> dict[str, str]:

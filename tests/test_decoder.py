@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jlora.interop.huggingface import load_model
+from jlora.interop.huggingface import load_model, save_model
 from jlora.models.decoder import Decoder, DecoderConfig, Rope
 
 torch = pytest.importorskip("torch", reason="torch is the oracle, and is not installed")
@@ -333,7 +334,7 @@ def test_an_unknown_rope_or_activation_is_an_error():
             "rope_type 'yarn', known: default",
         ),
         ({"rope_parameters": {"rope_type": "llamma3", "rope_theta": 9.0}}, "rope_type 'llamma3', known: default"),
-        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu', known: gelu"),
+        ({"hidden_act": "prelu"}, "activation 'prelu', known: gelu"),
         ({"rope_parameters": plain(9.0) | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
@@ -371,7 +372,7 @@ def test_tensors_that_a_decoder_does_not_know_or_lacks_are_in_one_error(tmp_path
         assert "'model.norm.weight' has shape (31,), the model (32,)" in text
 
 
-def test_a_tied_head_stored_twice_is_read_once_and_has_to_be_the_same(tmp_path):
+def test_a_tied_head_stored_twice_is_read_once_and_stays_apart_where_it_differs(tmp_path):
     oracle = make("llama tied")
     oracle.save_pretrained(tmp_path)
     table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
@@ -381,9 +382,56 @@ def test_a_tied_head_stored_twice_is_read_once_and_has_to_be_the_same(tmp_path):
     close(run_jax(load_model(tmp_path), ids), expected, mask)
     rewrite(tmp_path, **{"model.embed_tokens.weight": None})
     close(run_jax(load_model(tmp_path), ids), expected, mask)
-    rewrite(tmp_path, **{"model.embed_tokens.weight": table + 1})
-    with pytest.raises(ValueError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight', to which"):
-        load_model(tmp_path)
+    rewrite(tmp_path, **{"lm_head.weight": table, "model.embed_tokens.weight": table[::-1].copy()})
+    apart = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    loaded = load_model(tmp_path)
+    assert loaded.params["lm_head"]["kernel"].shape == (32, VOCABULARY)
+    close(run_jax(loaded, ids), run_torch(apart, ids, mask), mask)
+
+
+@pytest.mark.parametrize("family", ["llama tied", "gemma3"])
+def test_an_untied_head_starts_as_the_table_and_is_saved_apart(family, tmp_path):
+    oracle = make(family)
+    oracle.save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base", untie=True)
+    ids, mask = inputs("left")
+    close(run_jax(loaded, ids, mask), run_torch(oracle, ids, mask), mask)
+    table = np.asarray(loaded.params["embed_tokens"]["embedding"])
+    np.testing.assert_array_equal(loaded.params["lm_head"]["kernel"], table.T)
+    shapes = load_model(tmp_path / "base", untie=True, abstract=True).params
+    assert shapes["lm_head"]["kernel"].shape == (32, VOCABULARY)
+
+    params = loaded.params | {"lm_head": {"kernel": loaded.params["lm_head"]["kernel"][:, ::-1]}}
+    save_model(tmp_path / "apart", loaded.model, params)
+    again = type(oracle).from_pretrained(tmp_path / "apart", dtype=torch.float32).eval()
+    close(run_jax(replace(loaded, params=params), ids, mask), run_torch(again, ids, mask), mask)
+    close(run_jax(load_model(tmp_path / "apart"), ids, mask), run_torch(again, ids, mask), mask)
+    # Untying what is untied changes nothing.
+    kept = load_model(tmp_path / "apart", untie=True).params["lm_head"]["kernel"]
+    np.testing.assert_array_equal(kept, params["lm_head"]["kernel"])
+
+
+@pytest.mark.parametrize("untie", [False, True], ids=["tied", "untied"])
+@pytest.mark.parametrize("size", [VOCABULARY - 6, VOCABULARY + 8])
+def test_a_resized_vocabulary_has_the_shapes_and_logits_of_transformers(untie, size, tmp_path):
+    make("llama tied").save_pretrained(tmp_path)
+    oracle = transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    mean = oracle.model.embed_tokens.weight.detach().mean(0)
+    oracle.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        oracle.model.embed_tokens.weight[VOCABULARY:] = mean
+    loaded = load_model(tmp_path, vocab_size=size, untie=untie)
+    assert loaded.config.vocab_size == loaded.model.config.vocab_size == size
+    ids, mask = inputs("none")
+    ids = np.minimum(ids, size - 1)
+    ids[:, 0] = size - 1
+    close(run_jax(loaded, ids), run_torch(oracle, ids, mask), mask)
+    save_model(tmp_path / "resized", loaded.model, loaded.params)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "resized").eval()
+    assert again.config.vocab_size == size and again.config.tie_word_embeddings is not untie
+    close(run_jax(loaded, ids), run_torch(again, ids, mask), mask)
+    with pytest.raises(ValueError, match=r"load_model: vocab_size is 0\."):
+        load_model(tmp_path, vocab_size=0)
 
 
 def test_a_bare_models_tensors_are_found_without_their_prefix(tmp_path):
@@ -394,12 +442,43 @@ def test_a_bare_models_tensors_are_found_without_their_prefix(tmp_path):
     close(run_jax(load_model(tmp_path), ids), run_torch(oracle, ids, mask), mask)
 
 
-def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(tmp_path):
+def test_a_tokenizer_may_have_more_tokens_than_the_model_has_rows(tmp_path):
     make("llama").save_pretrained(tmp_path)
     words = {f"word{i}": i for i in range(VOCABULARY + 4)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="word0"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="word0").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="the tokenizer has 100 tokens, the model's vocabulary 96"):
+    loaded = load_model(tmp_path)
+    assert len(loaded.tokenizer) == VOCABULARY + 4 and loaded.config.vocab_size == VOCABULARY
+    assert load_model(tmp_path, vocab_size=VOCABULARY + 4).params["lm_head"]["kernel"].shape == (32, VOCABULARY + 4)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_attention_in_both_directions_equals_torch(scan, tmp_path):
+    oracle = make("gemma3", use_bidirectional_attention=True)
+    oracle.save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base", scan=scan)
+    for side in ("none", "left", "right"):
+        ids, mask = inputs(side)
+        expected = run_torch(oracle, ids, mask)
+        close(run_jax(loaded, ids, mask), expected, mask)
+        with torch.no_grad():
+            hidden = oracle.model(torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+        states = functools.partial(loaded.model.apply, method="hidden")
+        with jax.default_matmul_precision("highest"):
+            close(jax.jit(states)({"params": loaded.params}, ids, mask), hidden, mask)
+    # The window is stored as it was before transformers halves it.
+    save_model(tmp_path / "again", loaded.model, loaded.params)
+    again = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
+    np.testing.assert_allclose(run_torch(again, ids, mask), expected, atol=TOLERANCE, rtol=0)
+    with pytest.raises(ValueError, match="attention in both directions needs no cache"):
+        loaded.model.init_cache(1, 8)
+
+
+def test_attention_that_is_not_computed_is_refused(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"is_causal": False}))
+    with pytest.raises(ValueError, match="is_causal is false"):
         load_model(tmp_path)
 
 

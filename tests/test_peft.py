@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to"),
     pytest.mark.filterwarnings("ignore:Model (has|with) .tie_word_embeddings"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:You have requested .ensure_weight_tying"),
     pytest.mark.filterwarnings("ignore:Could not find a config file in"),
 ]
 
@@ -68,7 +69,11 @@ MODELS = {
     "gemma": ("GemmaForCausalLM", "GemmaConfig", GROUPED | {"head_dim": 8}),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED | {"head_dim": 8, "sliding_window": 4}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 4}),
+    "llama tied": ("LlamaForCausalLM", "LlamaConfig", GROUPED | {"tie_word_embeddings": True}),
+    "mistral tied": ("MistralForCausalLM", "MistralConfig", GROUPED | {"tie_word_embeddings": True}),
+    "qwen2 tied": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED | {"tie_word_embeddings": True}),
 }
+TIED = ("llama tied", "mistral tied", "qwen2 tied", "qwen3 tied", "gemma", "gemma2", "gemma3", "gpt2", "bert masked")
 TABLES = {"llama": "embed_tokens", "gpt2": "wte", "bert": "word_embeddings", "qwen3 tied": "embed_tokens"}
 
 
@@ -310,6 +315,121 @@ def test_a_table_that_is_the_head_too_changes_both_in_peft(bases, tmp_path):
         model.save_pretrained(tmp_path / "apart", save_embedding_layers=False)
         with pytest.raises(ValueError, match=r"'lm_head.weight' and 'model.embed_tokens.weight' are one in the model"):
             load_peft(tmp_path / "apart", loaded.model, loaded.params)
+
+
+def tied_parts(name):
+    """The input embedding, the output head, and another module of a tied model."""
+    others = {"gpt2": ("wte", "lm_head", "c_fc"), "bert masked": ("word_embeddings", "decoder", "query")}
+    return others.get(name, ("embed_tokens", "lm_head", "q_proj"))
+
+
+def tied_forms(name):
+    """What an adapter can change of a tied model, as LoraConfig says it."""
+    table, head, other = tied_parts(name)
+    forms = {"the table": [table], "the head": [head], "both": [table, head]}
+    forms = {form: {"target_modules": [other, *names]} for form, names in forms.items()} | {
+        f"{form} in full": {"target_modules": [other], "modules_to_save": names} for form, names in forms.items()
+    }
+    # PEFT matches a regular expression with the bare name embed_tokens to find out whether to tie.
+    forms["an expression"] = {"target_modules": rf"(.*\.)?({table}|{other}|embed_tokens)"}
+    forms["another expression"] = {"target_modules": rf".*\.({table}|{other})"}
+    return forms
+
+
+def train_in_peft(base, folder, **config):
+    """A PEFT adapter with random values in a folder, and the model that has it."""
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, init_lora_weights=False, **config)).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for path, value in model.named_parameters():
+            if "lora_" in path:
+                value.normal_(std=0.15)
+            elif value.requires_grad:
+                value.add_(0.3 * torch.randn_like(value))
+    model.save_pretrained(folder)
+    return model
+
+
+def full_leaves(before, after):
+    before = flatten(before)
+    return [path for path, leaf in flatten(after).items() if path in before and not np.array_equal(leaf, before[path])]
+
+
+@pytest.mark.parametrize("follow", [False, True], ids=["apart", "ensure_weight_tying"])
+@pytest.mark.parametrize("name", TIED)
+def test_every_adapter_of_a_tied_model_has_pefts_logits(name, follow, bases, tmp_path):
+    base, folder = bases(name)
+    before, tied, loaded = run_torch(base), load_model(folder), load_model(folder, untie=True)
+    forms = tied_forms(name)
+    if name not in ("llama tied", "gpt2", "bert masked"):
+        forms = {form: forms[form] for form in ("the table", "the head in full")}
+    alike = set()
+    for form, config in forms.items():
+        out = tmp_path / form
+        model = train_in_peft(base, out, ensure_weight_tying=follow, fan_in_fan_out=name == "gpt2", **config)
+        expected = run_torch(model)
+        params = load_peft(out, loaded.model, loaded.params)
+        close(run_jax(loaded.model, params), expected, before)
+        # What is read is written again for the tied base.
+        save_peft(tmp_path / "again", loaded.model, params, train=full_leaves(loaded.params, params))
+        close(run_torch(opened(base, tmp_path / "again")), expected)
+        try:
+            params = load_peft(out, tied.model, tied.params)
+        except ValueError as error:
+            assert "are one in the model, but the adapter changes them apart" in str(error)
+            assert "Fix: load the base with load_model(..., untie=True), or with --untie" in str(error)
+        else:
+            close(run_jax(tied.model, params), expected, before)
+            alike.add(form)
+    if not follow or name == "bert masked":
+        assert alike == set()
+    elif name == "gpt2":
+        assert alike == {"the head", "both", "the head in full", "both in full", "an expression"}
+    else:
+        assert alike == forms.keys() - {"another expression"}
+
+
+@pytest.mark.parametrize("name", ["llama tied", "gpt2", "bert masked"])
+def test_an_untied_copy_of_a_tied_base_ignores_the_flag_as_peft_does(name, tmp_path):
+    base = make(name)
+    head = base.get_output_embeddings()
+    for kind, value in list(head.named_parameters()):
+        setattr(head, kind, torch.nn.Parameter(value.detach().clone()))
+    base.config.tie_word_embeddings = False
+    base.save_pretrained(tmp_path / "base")
+    loaded = load_model(tmp_path / "base")
+    for form in ("the table", "the head in full"):
+        out = tmp_path / form
+        model = train_in_peft(
+            base, out, ensure_weight_tying=True, fan_in_fan_out=name == "gpt2", **tied_forms(name)[form]
+        )
+        params = load_peft(out, loaded.model, loaded.params)
+        close(run_jax(loaded.model, params), run_torch(model), run_torch(base))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3 tied", "bert masked"])
+def test_an_adapter_over_a_vocabulary_padded_to_a_multiple_fits_a_base_resized_so(name, bases, tmp_path):
+    base, folder = bases(name)
+    grown = copy.deepcopy(base)
+    grown.name_or_path = str(folder)
+    grown.resize_token_embeddings(pad_to_multiple_of=32)
+    other = tied_parts(name)[2]
+    with pytest.warns(UserWarning, match="the embedding layer has been resized"):
+        model = train_in_peft(grown, tmp_path, target_modules=[other])
+    loaded = load_model(folder, vocab_size=64)
+    params = load_peft(tmp_path, loaded.model, loaded.params)
+    close(run_jax(loaded.model, params), run_torch(model))
+
+
+def test_a_tied_heads_adapter_that_the_file_lacks_is_that_of_its_table(bases, tmp_path):
+    base, folder = bases("llama tied")
+    model = train_in_peft(base, tmp_path, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    rewrite(tmp_path, lambda tensors: {key: value for key, value in tensors.items() if "lm_head" not in key})
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        close(run_torch(opened(base, tmp_path)), run_torch(model), run_torch(base))
+    for untie in (False, True):
+        loaded = load_model(folder, untie=untie)
+        close(run_jax(loaded.model, load_peft(tmp_path, loaded.model, loaded.params)), run_torch(model))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])

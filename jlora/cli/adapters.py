@@ -22,7 +22,15 @@ from jlora.recipes.inspection import Description, Target, describe_adapter, load
 from jlora.recipes.runs import SPECTRUM
 
 
-def inspect(folder: Path, *, model: str | None, spectrum: bool, as_json: bool) -> None:
+def inspect(
+    folder: Path,
+    *,
+    model: str | None,
+    spectrum: bool,
+    as_json: bool,
+    untie: bool = False,
+    vocab_size: int | None = None,
+) -> None:
     """Prints what an adapter's folder holds.
 
     Args:
@@ -30,12 +38,14 @@ def inspect(folder: Path, *, model: str | None, spectrum: bool, as_json: bool) -
         model: folder or hub name of the base, to hold the updates against its kernels.
         spectrum: say how much of its rank each adapter used, and draw it into the folder.
         as_json: print one JSON object.
+        untie: load the base of a PEFT adapter with a separate output head, as `load_model` does.
+        vocab_size: number of tokens that the base of a PEFT adapter was resized to.
 
     Raises:
         ValueError: a damaged adapter, or one of another base.
         OSError: no adapter there, or a file can't be read or written.
     """
-    found = describe_adapter(folder, model, spectrum=spectrum)
+    found = describe_adapter(folder, model, spectrum=spectrum, untie=untie, vocab_size=vocab_size)
     if spectrum:
         draw(found, folder / SPECTRUM)
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)
@@ -74,7 +84,16 @@ def draw(found: Description, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def merge(folder: Path, out: Path, *, model: str | None, dtype: str | None, overwrite: bool) -> None:
+def merge(
+    folder: Path,
+    out: Path,
+    *,
+    model: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    untie: bool = False,
+    vocab_size: int | None = None,
+) -> None:
     """Writes base and adapter as one model, a Hugging Face folder with its tokenizer.
 
     Args:
@@ -83,20 +102,31 @@ def merge(folder: Path, out: Path, *, model: str | None, dtype: str | None, over
         model: folder or hub name of the base, where `folder` does not say, or the base has moved.
         dtype: what is written; None for the base's own.
         overwrite: write into a folder that is not empty.
+        untie: load the base of a PEFT adapter with a separate output head, as `load_model` does.
+        vocab_size: number of tokens that the base of a PEFT adapter was resized to.
 
     Raises:
         ValueError: a base or adapter that can't be loaded, or a model that transformers does not have.
         OSError: no adapter there, or `out` can't be written to.
     """
     check_out("merge", out, overwrite)
-    adapted = load_adapted(folder, model, dtype=dtype)
+    adapted = load_adapted(folder, model, dtype=dtype, untie=untie, vocab_size=vocab_size)
     params = fold(adapted.params) if dtype is None else cast(adapted.params, jnp.dtype(dtype))
     save_model(out, adapted.loaded.model, params, adapted.loaded.tokenizer)
     form = ", for sentence-transformers: its embeddings are the logits" if adapted.loaded.model.pools_apart else ""
     print(f"{folder} merged into its base: {out}{form}")
 
 
-def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite: bool) -> None:
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    target: str,
+    model: str | None,
+    overwrite: bool,
+    untie: bool = False,
+    vocab_size: int | None = None,
+) -> None:
     """Writes an adapter as a PEFT folder, with the tokenizer it was trained with.
 
     Args:
@@ -105,13 +135,15 @@ def export(folder: Path, out: Path, *, target: str, model: str | None, overwrite
         target: who will read it, "peft" or "vllm".
         model: folder or hub name of the base, where `folder` does not say, or the base has moved.
         overwrite: write into a folder that is not empty.
+        untie: load the base of a PEFT adapter with a separate output head, as `load_model` does.
+        vocab_size: number of tokens that the base of a PEFT adapter was resized to.
 
     Raises:
         ValueError: a base or adapter that can't be loaded, or one that the format can't express.
         OSError: no adapter there, or `out` can't be written to.
     """
     check_out("export", out, overwrite)
-    adapted = load_adapted(folder, model)
+    adapted = load_adapted(folder, model, untie=untie, vocab_size=vocab_size)
     save_peft(
         out,
         adapted.loaded.model,

@@ -65,5 +65,7 @@ def step_of(job: configs.Config) -> dict[str, Any]:
         "optimizer": job.optimisation.optimizer,
         "scan": job.model.scan,
         "remat": job.model.remat,
+        "untie": job.model.untie,
+        "vocab_size": job.model.vocab_size,
         "dropout": job.adapter.dropout,
     }

@@ -42,6 +42,7 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
     corpus = corpus._replace(labels=run.task.labels)
     rows = rows_of(run.config, run.task.loaded.tokenizer, corpus, "test")
     check_targets("eval", {"test": rows.rows}, run.config.data.max_length)
+    run.task.check_vocabulary("eval", {"test": rows.rows})
     scores = run.task.score(merge(run.params), rows.rows, merged=True)
     found = {"loss": scores.loss, **scores.metrics}
     if as_json:

@@ -38,6 +38,8 @@ def generate(
     top_k: int | None,
     top_p: float | None,
     seed: int,
+    untie: bool = False,
+    vocab_size: int | None = None,
 ) -> None:
     """Prints every prompt with its continuation, or with `chat` the replies alone; a blank line between two.
 
@@ -53,6 +55,8 @@ def generate(
         top_k: draw from the k likeliest tokens only.
         top_p: then from the fewest that reach this probability.
         seed: of what is drawn.
+        untie: give a tied output head its own copy of the input embedding.
+        vocab_size: number of tokens to resize the embedding and the output head to.
 
     Raises:
         ValueError: a model that can't be loaded or can't generate, an adapter that does not fit, settings out of range.
@@ -64,7 +68,7 @@ def generate(
         fix = 'ask as in: jlora generate MODEL "Once upon a time" --temperature 0.8.'
         raise ValueError(complain("generate", "nothing can be generated.", wrong, fix))
     texts = decode_arguments("generate", prompts) or [read_input("generate").removesuffix("\n")]
-    loaded = load_model(name, dtype=dtype)
+    loaded = load_model(name, dtype=dtype, untie=untie, vocab_size=vocab_size)
     if adapter is not None:
         # The tokenizer that the adapter was trained with lies in its folder, or in that of the run around it.
         loaded = use_tokenizer(use_tokenizer(loaded, adapter), adapter / TOKENIZER)

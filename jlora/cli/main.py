@@ -171,6 +171,8 @@ class Generate:
         dtype: of the parameters and of the computation
         chat: each prompt is a message: put it into the tokenizer's chat template, and print the reply alone
         settings: how the texts are continued
+        untie: give a tied output head its own copy of the input embedding; some adapters need it
+        vocab_size: number of tokens to grow or cut the embedding and the output head to; left out, the checkpoint's
     """
 
     model: tyro.conf.Positional[str]
@@ -180,6 +182,8 @@ class Generate:
     dtype: Literal["float32", "bfloat16"] = "float32"
     chat: bool = False
     settings: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    untie: bool = False
+    vocab_size: int | None = None
 
     def run(self) -> None:
         """Prints the texts."""
@@ -197,6 +201,8 @@ class Generate:
             top_k=self.settings.top_k,
             top_p=self.settings.top_p,
             seed=self.settings.seed,
+            untie=self.untie,
+            vocab_size=self.vocab_size,
         )
 
 
@@ -269,18 +275,29 @@ class Inspect:
         model: folder or hub name of the base; with it each update is held against its kernel
         spectrum: say how much of its rank each adapter used, and draw the singular values: spectrum.png in the folder
         json: print one JSON object
+        untie: give a tied output head of the base its own copy of the input embedding; some PEFT adapters need it
+        vocab_size: number of tokens that a PEFT adapter's base was resized to
     """
 
     folder: tyro.conf.Positional[Path]
     model: str | None = None
     spectrum: bool = False
     json: bool = False
+    untie: bool = False
+    vocab_size: int | None = None
 
     def run(self) -> None:
         """Prints the table."""
         from jlora.cli.adapters import inspect
 
-        inspect(self.folder, model=self.model, spectrum=self.spectrum, as_json=self.json)
+        inspect(
+            self.folder,
+            model=self.model,
+            spectrum=self.spectrum,
+            as_json=self.json,
+            untie=self.untie,
+            vocab_size=self.vocab_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -293,6 +310,8 @@ class Merge:
         model: folder or hub name of the base; needed where the folder does not name it
         dtype: of the parameters that are written; left out, that of the base
         overwrite: write into a folder that is not empty
+        untie: give a tied output head of the base its own copy of the input embedding; some PEFT adapters need it
+        vocab_size: number of tokens that a PEFT adapter's base was resized to
     """
 
     folder: tyro.conf.Positional[Path]
@@ -300,12 +319,22 @@ class Merge:
     model: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     overwrite: bool = False
+    untie: bool = False
+    vocab_size: int | None = None
 
     def run(self) -> None:
         """Writes the model."""
         from jlora.cli.adapters import merge
 
-        merge(self.folder, self.out, model=self.model, dtype=self.dtype, overwrite=self.overwrite)
+        merge(
+            self.folder,
+            self.out,
+            model=self.model,
+            dtype=self.dtype,
+            overwrite=self.overwrite,
+            untie=self.untie,
+            vocab_size=self.vocab_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -318,6 +347,8 @@ class Export:
         format: who will read it
         model: folder or hub name of the base; needed where the folder does not name it
         overwrite: write into a folder that is not empty
+        untie: give a tied output head of the base its own copy of the input embedding; some PEFT adapters need it
+        vocab_size: number of tokens that a PEFT adapter's base was resized to
     """
 
     folder: tyro.conf.Positional[Path]
@@ -325,12 +356,22 @@ class Export:
     format: Literal["peft", "vllm"] = "peft"
     model: str | None = None
     overwrite: bool = False
+    untie: bool = False
+    vocab_size: int | None = None
 
     def run(self) -> None:
         """Writes the adapter."""
         from jlora.cli.adapters import export
 
-        export(self.folder, self.out, target=self.format, model=self.model, overwrite=self.overwrite)
+        export(
+            self.folder,
+            self.out,
+            target=self.format,
+            model=self.model,
+            overwrite=self.overwrite,
+            untie=self.untie,
+            vocab_size=self.vocab_size,
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -258,6 +258,7 @@ def probabilities(run: Run, params: Tree, questions: Sequence[str]) -> Float[np.
     ids, _ = tokenise(run.task.loaded.tokenizer, questions, run.config.data.max_length)
     one = np.ones((), np.float32)
     rows = [Row(np.array(tokens, np.int32), np.zeros((), np.int32), one) for tokens in ids]
+    run.task.check_vocabulary("predict", {"questions": rows})
     return np.exp(log_softmax(run.task.score(params, rows, merged=True).outputs))
 
 
@@ -267,6 +268,7 @@ def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[list[tuple[
     labels = run.task.labels
     records = [Tagged(tokens, (labels[0],) * len(tokens)) for tokens in words]
     rows = make_rows(run.task.loaded.tokenizer, records, max_length=run.config.data.max_length, labels=labels).rows
+    run.task.check_vocabulary("predict", {"questions": rows})
     tags = run.task.score(params, rows, merged=True).outputs
     return [
         [(kind, " ".join(tokens[first : last + 1])) for kind, first, last in entities(said)]
@@ -289,7 +291,7 @@ def continuations(run: Run, params: Tree, questions: Sequence[Question], samplin
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             stop_tokens=stops,
-            pad_token=pad_token(loaded.tokenizer),
+            pad_token=pad_token(loaded),
             key=jax.random.fold_in(jax.random.key(sampling.seed), start),
         )
         for ids in np.asarray(new).tolist():

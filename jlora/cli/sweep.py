@@ -123,6 +123,7 @@ def sweep_locked(
     print_truncation(console, config.data, splits)
     rows = {name: found.rows for name, found in splits.items()}
     check_targets("sweep", rows, config.data.max_length)
+    task.check_vocabulary("sweep", rows)
     jobs = {seed: job_of(config, task, rows, seed) for seed in grid["seeds"]}
     # Seeds change the order of the batches, and nothing of their number and shapes.
     first = next(iter(jobs.values()))

@@ -189,6 +189,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console, lock: runs.Folder
     runs.check_folder(config, needed=3 * 4 * counts.trainable * (config.run.keep + 2))
     rows = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in corpus.splits}
     check_targets("train", {name: found.rows for name, found in rows.items()}, data.max_length)
+    task.check_vocabulary("train", {name: found.rows for name, found in rows.items()})
     validation = rows["validation"].rows if "validation" in rows else None
     job = Job(config=config, task=task, params=params, rows=rows["train"].rows, validation=validation, mesh=mesh)
     console.print(opening(counts, corpus, task, job), highlight=False, soft_wrap=True)

@@ -44,6 +44,7 @@ class Family:
         spellings: (regex, replacement) pairs that turn an older checkpoint's names into today's.
         unread: regexes of tensors that may stand in the file though the model does not read them.
         copies: tensors that repeat another where the config ties them, with the one they repeat.
+        vocabulary: the parameters with one row or column per token, each with the axis of the tokens.
         pooled: its classifier of texts reads pooled states, and the pooling can be chosen.
     """
 
@@ -59,6 +60,7 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
     pooled: bool = False
 
     def build(
@@ -122,6 +124,7 @@ def decoder(name: str, *, classifier: str | None = None, tokens: bool = True) ->
         # Frequencies that older versions saved; they follow from the config.
         unread=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         copies={"lm_head.weight": "model.embed_tokens.weight"},
+        vocabulary={"embed_tokens/embedding": 0, "lm_head/kernel": 1},
     )
 
 
@@ -152,6 +155,7 @@ FAMILIES = {
         # Causal masks that older versions saved.
         unread=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
         copies={"lm_head.weight": "transformer.wte.weight"},
+        vocabulary={"wte/embedding": 0, "lm_head/kernel": 1},
     ),
     "bert": Family(
         module=Bert,
@@ -185,6 +189,12 @@ FAMILIES = {
         copies={
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        vocabulary={
+            "embeddings/word_embeddings/embedding": 0,
+            "cls/predictions/bias": 0,
+            "cls/predictions/decoder/kernel": 1,
+            "cls/predictions/decoder/bias": 0,
         },
         pooled=True,
     ),

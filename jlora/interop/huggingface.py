@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from jlora.core.errors import complain, count
 from jlora.core.paths import flatten
 from jlora.core.tree import is_wrapped, merge
 from jlora.interop import sentence_transformers
-from jlora.interop.families import FAMILIES, LABELLED, Family, Weight, family_of, weights
+from jlora.interop.families import FAMILIES, LABELLED, VOCABULARY, Family, Weight, family_of, weights
 from jlora.interop.files import staged
 from jlora.interop.folder import (
     SAFELY,
@@ -105,6 +105,8 @@ def load_model(
     pooling: str = "auto",
     labels: Sequence[str] | None = None,
     num_labels: int | None = None,
+    untie: bool = False,
+    vocab_size: int | None = None,
     revision: str | None = None,
     key: jax.Array | None = None,
 ) -> LoadedModel:
@@ -129,13 +131,19 @@ def load_model(
             padding, as transformers does.
         labels: the labels' names, in the order of the logits. A head that the checkpoint lacks is made new.
         num_labels: how many labels, where they have no names.
+        untie: give an output head that is tied to the input embedding its own copy of the table, so that the two can
+            differ. PEFT adapters that change one of the two need it. A head whose tensor in the checkpoint differs
+            from the table is always separate, whatever the config says. No effect on a head that is separate already.
+        vocab_size: number of tokens to grow or cut the embedding and the output head to, as transformers'
+            `resize_token_embeddings` does. Every new row is the mean of the checkpoint's rows, and every new bias the
+            mean of its biases. None for the checkpoint's own number.
         revision: a branch, tag or commit on the hub.
         key: for the parameters of a new head; None for `jax.random.key(0)`.
 
     Raises:
         ValueError: no such folder or name, an unknown model_type or rope_type, weights that are no safetensors or are
-            truncated, tensors missing, unused or misshapen (all of them listed), labels that do not fit, a tokenizer
-            with more tokens than the vocabulary.
+            truncated, tensors missing, unused or misshapen (all of them listed), labels that do not fit, a vocab_size
+            below 1.
     """
     folder = find_folder(name_or_folder, revision)
     family = find_family(folder)
@@ -159,6 +167,12 @@ def load_model(
         folder=str(folder.resolve()),
         revision=revision,
     )
+    tensors = [] if abstract else open_tensors(folder)
+    copies = family.copies if config.tie_word_embeddings else {}
+    if head in VOCABULARY and (untie or differing(copies, name_tensors(family, tensors)[0])):
+        config.tie_word_embeddings = False
+    stored_rows = config.vocab_size
+    config.vocab_size = check_vocab_size(vocab_size, stored_rows)
     model = family.build(config, head=head, pooling=pooling, dtype=compute_dtype, origin=origin, scan=scan, remat=remat)
     if abstract:
         return LoadedModel(model=model, params=shapes(model, dtype), tokenizer=tokenizer, config=config)
@@ -166,13 +180,15 @@ def load_model(
         folder,
         model,
         family,
+        tensors,
         dtype=dtype,
         sharding=sharding,
         # Names alone don't tell: a module of one name may classify texts or tokens.
         other_head=dense is None and architecture is not None and architecture != family.heads.get(str(head)),
         add_head=labelled,
         dense=dense if head == "classification" else None,
-        copies=family.tied(head) if config.tie_word_embeddings else {},
+        copies=copies,
+        stored_rows=stored_rows,
         key=jax.random.key(0) if key is None else key,
     )
     return LoadedModel(model=model, params=params, tokenizer=tokenizer, config=config, new=new)
@@ -204,6 +220,7 @@ def check_head(family: Family, head: str | None, labelled: bool, pooling: str) -
 def describe(folder: Path, config: Any, labelled: bool, head: str | None) -> str:
     """The folder's config.json as text, with the labels and the padding that the model was given."""
     content = read_json(folder / "config.json")
+    content |= {"tie_word_embeddings": config.tie_word_embeddings, "vocab_size": config.vocab_size}
     if labelled:
         content |= {"id2label": config.id2label, "label2id": config.label2id}
         content.pop("num_labels", None)
@@ -352,6 +369,16 @@ def read_config(folder: Path, labels: Sequence[str] | None, num_labels: int | No
     return config
 
 
+def check_vocab_size(vocab_size: int | None, stored: int) -> int:
+    """The number of tokens that the model gets."""
+    if vocab_size is None:
+        return stored
+    if vocab_size < 1:
+        fix = "pass a whole number from 1, or leave it out."
+        raise ValueError(complain("load_model", f"vocab_size is {vocab_size}.", (), fix))
+    return vocab_size
+
+
 def read_pooling(folder: Path) -> str:
     """What the Pooling module of a sentence-transformers folder says; "pooler" in any other folder."""
     if not (folder / sentence_transformers.MODULES).is_file():
@@ -450,6 +477,7 @@ def read_params(
     folder: Path,
     model: nn.Module,
     family: Family,
+    tensors: Sequence[Tensor],
     *,
     dtype: DTypeLike,
     sharding: Any,
@@ -457,6 +485,7 @@ def read_params(
     add_head: bool,
     dense: Path | None,
     copies: Mapping[str, str],
+    stored_rows: int,
     key: jax.Array,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads a model's parameters.
@@ -465,12 +494,14 @@ def read_params(
         folder: where the safetensors are.
         model: says which parameters there are, and their shapes.
         family: how the tensors are named.
+        tensors: the folder's.
         dtype: what to store the parameters in.
         sharding: where to put them, as `load_model` takes it.
         other_head: the checkpoint's classifier is not the model's, so it is left in the file.
         add_head: a head that the checkpoint lacks is initialised from `key`.
         dense: the Dense module of sentence-transformers that the classifier is in, None where it is no such.
-        copies: tensors that may stand in the file beside those they are tied to, with those.
+        copies: tensors that the config ties, with the one that each repeats: one in the file serves for both.
+        stored_rows: tokens of the checkpoint's vocabulary; `model.config.vocab_size` is the number to resize it to.
         key: PRNG key.
 
     Returns:
@@ -482,21 +513,16 @@ def read_params(
     table = weights(family, shapes(model))
     present = {module(weight.path) for weight in table} - ({model.label_module} if other_head else set())
     left = set(family.head_modules) - present
-    stored: dict[str, Tensor] = {}
-    offenders = []
-    for tensor in [*open_tensors(folder), *(list_dense(dense, model.label_module) if dense else [])]:
-        name = spell(family, tensor.name)
-        if name in stored:
-            offenders.append(f"{tensor.name!r} is {stored[name].name!r} stored again")
-        elif name.split(".")[0] not in left or name in copies:
-            stored[name] = tensor
-    offenders += drop_copies(copies, {name for weight in table for name in weight.tensors}, stored)
+    more = list_dense(dense, model.label_module) if dense else []
+    stored, repeated = name_tensors(family, [*tensors, *more])
+    stored = share_copies(copies, {name for weight in table for name in weight.tensors}, stored)
+    stored = {name: tensor for name, tensor in stored.items() if name.split(".")[0] not in left}
 
     head = [weight for weight in table if module(weight.path) in family.head_modules]
     add_head = add_head and not any(name in stored for weight in head for name in weight.tensors)
     new = tuple(weight.path for weight in head) if add_head else ()
-    table = [weight for weight in table if weight.path not in new]
-    offenders += misfits(family, table, stored)
+    table = [with_rows(family, weight, stored_rows) for weight in table if weight.path not in new]
+    offenders = [*repeated, *misfits(family, table, stored)]
     if offenders:
         check_quantization(folder, family, stored)
         problem = f"{count(len(offenders), 'tensor')} in {str(folder)!r} and the model do not fit."
@@ -509,7 +535,8 @@ def read_params(
     def place(path: str, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, sharding(path, array.shape) if callable(sharding) else sharding)
 
-    flat = {weight.path: place(weight.path, weight.read(lambda t: stored[t].read(), wanted)) for weight in table}
+    size = model.config.vocab_size
+    flat = {weight.path: place(weight.path, read_weight(family, weight, stored, wanted, size)) for weight in table}
     made = initialise(model, new, key)
     flat |= {path: place(path, np.asarray(array, wanted)) for path, array in made.items()}
     return unflatten_dict(flat, sep="/"), new
@@ -532,13 +559,15 @@ def stored_leaves(model: nn.Module) -> dict[str, Callable[[np.dtype], np.ndarray
             stored[name] = stored[twin]
 
     def reader(weight: Weight) -> Callable[[np.dtype], np.ndarray]:
-        return lambda dtype: weight.read(lambda name: stored[name].read(), dtype)
+        return lambda dtype: read_weight(family, weight, stored, dtype, model.config.vocab_size)
 
     whole = lambda weight: all(
         name in stored and stored[name].shape == weight.tensor_shape and stored[name].dtype in FLOATS
         for name in weight.tensors
     )
-    return {weight.path: reader(weight) for weight in weights(family, shapes(model)) if whole(weight)}
+    rows = json.loads(model.origin.config)["vocab_size"]
+    table = [with_rows(family, weight, rows) for weight in weights(family, shapes(model))]
+    return {weight.path: reader(weight) for weight in table if whole(weight)}
 
 
 def check_quantization(folder: Path, family: Family, stored: Mapping[str, Tensor]) -> None:
@@ -555,18 +584,59 @@ def check_quantization(folder: Path, family: Family, stored: Mapping[str, Tensor
         raise ValueError(complain("load_model", problem, (), fix))
 
 
-def drop_copies(copies: Mapping[str, str], wanted: set[str], stored: dict[str, Tensor]) -> list[str]:
-    """Takes the copies that a file holds of its tied tensors out of `stored`; those that differ are named."""
-    offenders = []
-    for copy, source in copies.items():
-        if copy in wanted or copy not in stored:
-            continue
-        tensor = stored.pop(copy)
-        if source not in stored:
-            stored[source] = tensor
-        elif tensor.shape != stored[source].shape or not np.array_equal(tensor.read(), stored[source].read()):
-            offenders.append(f"{tensor.name!r} differs from {stored[source].name!r}, to which config.json ties it")
-    return offenders
+def name_tensors(family: Family, tensors: Iterable[Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors by today's names, and those that are stored twice."""
+    stored: dict[str, Tensor] = {}
+    repeated = []
+    for tensor in tensors:
+        name = spell(family, tensor.name)
+        if name in stored:
+            repeated.append(f"{tensor.name!r} is {stored[name].name!r} stored again")
+        stored.setdefault(name, tensor)
+    return stored, repeated
+
+
+def differing(copies: Mapping[str, str], stored: Mapping[str, Tensor]) -> bool:
+    """Whether a tied tensor has other values than the one it repeats: transformers does not tie them then."""
+    pairs = [(stored[copy], stored[source]) for copy, source in copies.items() if {copy, source} <= stored.keys()]
+    return any(one.shape != other.shape or not np.array_equal(one.read(), other.read()) for one, other in pairs)
+
+
+def share_copies(copies: Mapping[str, str], wanted: set[str], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stored tensors with those of tied names that the model reads: one in the file serves for both names."""
+    shared = dict(stored)
+    for pair in copies.items():
+        for name, other in (pair, pair[::-1]):
+            if name in wanted and name not in stored and other in stored:
+                shared[name] = stored[other]
+    unread = {*copies, *copies.values()} - wanted
+    return {name: tensor for name, tensor in shared.items() if name not in unread}
+
+
+def with_rows(family: Family, weight: Weight, rows: int) -> Weight:
+    """A weight as a checkpoint with a vocabulary of `rows` tokens stores it."""
+    axis = family.vocabulary.get(weight.path)
+    if axis is None:
+        return weight
+    return weight._replace(shape=(*weight.shape[:axis], rows, *weight.shape[axis + 1 :]))
+
+
+def read_weight(
+    family: Family, weight: Weight, stored: Mapping[str, Tensor], dtype: np.dtype, vocab_size: int
+) -> np.ndarray:
+    """A stored parameter, with as many tokens as the model has where it has an axis of them."""
+    array = weight.read(lambda name: stored[name].read(), dtype)
+    axis = family.vocabulary.get(weight.path)
+    return array if axis is None else resize(array, axis, vocab_size)
+
+
+def resize(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """The array with `size` entries along the axis: cut at the end, or grown by the mean of those it has."""
+    missing = size - array.shape[axis]
+    if missing <= 0:
+        return array.take(range(size), axis) if missing else array
+    mean = array.mean(axis, dtype=np.float64, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, mean.repeat(missing, axis)], axis)
 
 
 def module(path: str) -> str:
@@ -648,6 +718,9 @@ def save_model(
         content = json.loads(model.origin.config)
         dtypes = {leaf.dtype.name for leaf in flat.values()}
         content.pop("torch_dtype", None)
+        content["vocab_size"] = model.config.vocab_size
+        if {name for weight in table for name in weight.tensors} >= family.copies.keys():
+            content["tie_word_embeddings"] = False
         content |= {
             "architectures": [architecture(family, model)],
             "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",

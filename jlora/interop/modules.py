@@ -4,6 +4,7 @@ Between the tree and a PEFT file every leaf is matrices, one for each layer of a
 (in, rank) and (rank, out); `rows` and `columns` turn them into what torch stores and back.
 """
 
+import json
 import math
 import re
 from collections import Counter
@@ -90,6 +91,8 @@ class Table:
     Args:
         slots: by the leaf's path.
         copies: tensors of torch that repeat a leaf's, with the name of the one they repeat: tied heads.
+        untied: the same for a head that the base's config ties, but that has leaves of its own here.
+        unread: tensors that stand beside an untied head in torch, and that no output reads.
         spell: turns an older name of a tensor, or one of the model without its head, into the table's.
         complete: whether these are all modules that torch's model has.
         offenders: what is wrong with the names.
@@ -97,6 +100,8 @@ class Table:
 
     slots: dict[Path, Slot]
     copies: dict[str, str]
+    untied: dict[str, str]
+    unread: frozenset[str]
     spell: Callable[[str], str]
     complete: bool
     offenders: list[str]
@@ -171,7 +176,16 @@ def model_table(model: nn.Module, base: Mapping[Path, Any]) -> Table:
     offenders += [f"{path!r} in params is not the model's" for path in base if path not in slots]
     known = {f"{module}.{slot.tensor}" for slot in slots.values() for module, _, _ in slot.parts()}
     copies = {copy: source for copy, source in family.tied(head).items() if copy not in known}
-    return Table(slots, copies, lambda name: spell(family, name).removeprefix(cut), not cut, offenders)
+    separate = {copy: source for copy, source in family.tied(head).items() if copy in known}
+    unread = frozenset(separate.values()) - known
+    untied = {copy: source for copy, source in separate.items() if source in known and is_tied_base(model)}
+    respell = lambda name: spell(family, name).removeprefix(cut)
+    return Table(slots, copies, untied, unread, respell, not cut, offenders)
+
+
+def is_tied_base(model: nn.Module) -> bool:
+    """Whether the config of the checkpoint that the model comes from ties the output head."""
+    return model.origin is not None and json.loads(model.origin.config).get("tie_word_embeddings", False)
 
 
 def named_table(base: Mapping[Path, Any], names: Names, told: Mapping[str, Layout], used: set[Path] | None) -> Table:
@@ -195,7 +209,7 @@ def named_table(base: Mapping[Path, Any], names: Names, told: Mapping[str, Layou
             offenders.append(f"{path!r} has no name in names=")
     places = Counter(f"{module}.{slot.tensor}" for slot in slots.values() for module, _, _ in slot.parts())
     offenders += [f"{name!r} is named {n} times" for name, n in places.items() if n > 1]
-    return Table(slots, {}, str, False, offenders)
+    return Table(slots, {}, {}, frozenset(), str, False, offenders)
 
 
 def make_slot(path: Path, shape: tuple[int, ...], name: Name, told: Mapping[str, Layout]) -> Slot | str:

@@ -67,6 +67,8 @@ POOLER_FIX = (
     "load and train the model with pooling='pooler' (in a config, model.pooling = \"pooler\"), the form that PEFT has; "
     "jlora merge and jlora export write other poolings for sentence-transformers."
 )
+# PEFT ties the adapters of modules with these names, and of no others.
+TIED_NAMES = ("embed_tokens", "lm_head")
 # What changes the result and is not computed here.
 VARIANTS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "monteclora_config"),
@@ -300,17 +302,19 @@ def load_peft(
     config, tensors = read_config(folder), read_tensors(folder)
     table = make_table("load_peft", model, base, names, layout or {}, None)
     pairs, plain, tokens, offenders = sort_tensors(table, tensors)
+    plain = {name: value for name, value in plain.items() if name not in table.unread}
     adapters, wrong = read_adapters(table, config, pairs)
     offenders += table.offenders + wrong
     offenders += misfits(table, config, pairs, plain)
+    share_tied(table, config, plain)
     offenders += replace_rows(table, config, plain, tokens, base)
-    if not offenders:
-        offenders += untie(table, config, adapters, plain, base)
+    fix, size = "load the adapter onto the base it was trained on.", vocabulary_size(table, pairs, plain)
+    if size is not None:
+        fix = f"load the base with as many tokens as the adapter's had: load_model(..., vocab_size={size})."
+    if not offenders and (offenders := follow_ties(table, config, adapters, plain, base)):
+        fix = "load the base with load_model(..., untie=True), or with --untie on the command line."
     if offenders:
         problem = f"the adapter in {str(folder)!r} does not fit the model."
-        fix, size = "load the adapter onto the base it was trained on.", vocabulary_size(table, pairs, plain)
-        if size is not None:
-            fix = f"load the base with as many tokens as the adapter's had: load_model(..., vocab_size={size})."
         raise ValueError(complain("load_peft", problem, offenders, fix))
     layout = {path: slot.layout for path, slot in table.slots.items()}
     return put(params, trios(table, adapters, base), whole_leaves(table, plain, base), layout)
@@ -759,7 +763,8 @@ def replace_rows(
         rows[np.asarray(ids, int)] = values
         plain[name] = rows
         # PEFT ties the rows of a tied head to those of its table.
-        tied = [copy for copy, source in table.copies.items() if source == name and module_of(copy) not in tokens]
+        copies = {**table.copies, **table.untied}
+        tied = [copy for copy, source in copies.items() if source == name and module_of(copy) not in tokens]
         plain |= dict.fromkeys(tied, rows)
         heads = [module_of(copy) for copy in tied] + ([module] if slot.kind == "linear" else [])
         offenders += [
@@ -781,12 +786,10 @@ def misfits(
         for module in table.modules
         if pairs and module not in pairs and targeted(config, module, targets)
     ]
-    saved = tuple(config.get("modules_to_save") or ())
-    parents = lambda name: (name[: dot.start()] for dot in re.finditer(r"\.", name))
     offenders += [
         f"{name!r} is missing, its module is one of modules_to_save"
         for name in table.tensors
-        if saved and name not in plain and any(parent.endswith(saved) for parent in parents(name))
+        if name not in plain and saved_in_full(config, name)
     ]
     for name, value in plain.items():
         place = table.tensors.get(table.copies.get(name, name))
@@ -795,6 +798,12 @@ def misfits(
         elif value.shape != (shape := whole_shape(place)):
             offenders.append(f"{name!r} has shape {value.shape}, the model {shape}")
     return offenders
+
+
+def saved_in_full(config: Mapping[str, Any], name: str) -> bool:
+    """PEFT's test of whether a tensor belongs to one of modules_to_save."""
+    saved = tuple(config.get("modules_to_save") or ())
+    return any(name[: dot.start()].endswith(saved) for dot in re.finditer(r"\.", name) if saved)
 
 
 def whole_shape(place: tuple[Slot, int, slice]) -> tuple[int, ...]:
@@ -820,26 +829,66 @@ def targeted(config: Mapping[str, Any], module: str, matcher: PatternMatcher) ->
     return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
 
 
-def untie(
+def follows(config: Mapping[str, Any], head: str) -> bool:
+    """PEFT's test of whether the adapter of a tied head follows that of its table.
+
+    Source: peft/tuners/tuners_utils.py, `BaseTuner._check_tied_modules`; tuners/lora/model.py, `_create_and_replace`,
+    which finds a head by the last part of its name among full names, so it finds no head inside another module.
+    """
+    names, saved = config.get("target_modules") or (), config.get("modules_to_save") or ()
+    if not config.get("ensure_weight_tying") or "." in head:
+        return False
+    if any(name.rpartition(".")[2] in TIED_NAMES for name in saved):
+        return True
+    if isinstance(names, str):
+        return any(re.fullmatch(names, name) for name in TIED_NAMES)
+    return any(name.rpartition(".")[2] in TIED_NAMES for name in names)
+
+
+def share_tied(table: Table, config: Mapping[str, Any], plain: dict[str, np.ndarray]) -> None:
+    """Gives both tensors of a tied pair the value of the one in the file, where PEFT writes it into what they share.
+
+    It does so outside modules_to_save, whose copies are separate.
+    """
+    for copy, source in {**table.copies, **table.untied}.items():
+        for name, other in ((copy, source), (source, copy)):
+            if name in plain and not saved_in_full(config, name):
+                plain.setdefault(other, plain[name])
+
+
+def follow_ties(
     table: Table,
     config: Mapping[str, Any],
     adapters: dict[str, Adapter],
     plain: dict[str, np.ndarray],
     base: Mapping[Path, Any],
 ) -> list[str]:
-    """Takes tied heads out of `adapters` and `plain`; those that change apart from their table are named."""
-    follows, offenders = config.get("ensure_weight_tying"), []
+    """Makes the tensors of tied heads those that PEFT would have.
+
+    A head that is tied in the model is taken out of `adapters` and `plain`. One with leaves of its own gets what its
+    table has, where PEFT ties the two and the file lacks the head's tensors.
+
+    Returns:
+        The tied heads that the adapter changes apart from their tables.
+    """
+    offenders = []
+    for copy, source in table.untied.items():
+        if follows(config, module_of(copy)):
+            if source in plain:
+                plain.setdefault(copy, plain[source])
+            if ours := adapters.get(module_of(source)):
+                adapters.setdefault(module_of(copy), flip(ours))
     for copy, source in table.copies.items():
-        apart = False
+        apart, tied = False, follows(config, module_of(copy))
         if copy in plain or source in plain:
             slot, layer, cut = table.tensors[source]
             own = whole_tensor(slot, fold(slot, base[slot.path])[layer][:, cut])
             value = plain.get(source, own).astype(own.dtype)
-            apart = not np.array_equal(plain.pop(copy, value if follows else own).astype(own.dtype), value)
+            apart = not np.array_equal(plain.pop(copy, value if tied else own).astype(own.dtype), value)
         if copy.endswith(".weight"):
             ours = adapters.get(module_of(source))
             wanted = ours and flip(ours)
-            apart |= not alike(wanted, adapters.pop(module_of(copy), wanted if follows else None))
+            apart |= not alike(wanted, adapters.pop(module_of(copy), wanted if tied else None))
         if apart:
             offenders.append(f"{copy!r} and {source!r} are one in the model, but the adapter changes them apart")
     return offenders

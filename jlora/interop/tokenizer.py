@@ -34,24 +34,18 @@ def read_tokenizer(folder: Path, config: Any) -> Any:
         config: transformers' config of the model.
 
     Raises:
-        ValueError: a file is damaged or needs a package that is missing; the tokenizer has more tokens than the model's
-            vocabulary.
+        ValueError: a file is damaged or needs a package that is missing.
     """
     if not has_tokenizer(folder):
         return None
     check_packages(folder)
     try:
-        tokenizer = open_tokenizer(folder, config)
+        return open_tokenizer(folder, config)
     except Exception as error:
         problem = f"the tokenizer in {str(folder)!r} can't be read."
         offenders = list(find_damage(folder, config)) or [reason_of(error)]
         fix = "fetch the files again, or correct what is listed; code that comes with a tokenizer is never run."
         raise ValueError(complain("load_model", problem, offenders, fix)) from error
-    if len(tokenizer) > config.vocab_size:
-        problem = f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}."
-        fix = "take the tokenizer that belongs to the model: other ids have no embedding."
-        raise ValueError(complain("load_model", problem, [str(folder)], fix))
-    return tokenizer
 
 
 def open_tokenizer(folder: Path, config: Any) -> Any:

@@ -112,6 +112,8 @@ class DecoderConfig:
         post_norms: what attention and MLP give is normed too, before it is added.
         sliding_window: how many tokens back a sliding layer sees, itself counted; `None` for all.
         sliding_layers: which layers slide, one flag each; empty for all, where there is a window.
+        causal: a token sees no later one; False for an encoder such as EmbeddingGemma, where a sliding layer sees as
+            many tokens ahead as back, and which can't generate.
         query_scale: what scores are multiplied by, `None` for 1 / sqrt(width of a head).
         attention_softcap: bound of the scores, by tanh.
         logit_softcap: bound of the logits over the vocabulary, by tanh.
@@ -146,6 +148,7 @@ class DecoderConfig:
     post_norms: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[bool, ...] = ()
+    causal: bool = True
     query_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -191,8 +194,11 @@ class DecoderConfig:
         activation = config.hidden_activation if kind in ("gemma2", "gemma3_text") else config.hidden_act
         if activation not in ACTIVATIONS:
             offenders.append(f"activation {activation!r}, known: {', '.join(ACTIVATIONS)}")
-        if getattr(config, "use_bidirectional_attention", None):
-            offenders.append("use_bidirectional_attention is set: only causal attention is computed here")
+        bidirectional = bool(getattr(config, "use_bidirectional_attention", None))
+        if bidirectional and kind != "gemma3_text":
+            offenders.append(f"use_bidirectional_attention is set, which is computed for gemma3_text only, not {kind}")
+        if not getattr(config, "is_causal", True):
+            offenders.append("is_causal is false: only causal attention is computed here")
         if offenders:
             problem, fix = "the config asks for another model.", "take a checkpoint without them."
             raise ValueError(complain("DecoderConfig", problem, offenders, fix))
@@ -223,6 +229,7 @@ class DecoderConfig:
             post_norms=kind in ("gemma2", "gemma3_text"),
             sliding_window=window if any(slides) or kind == "mistral" else None,
             sliding_layers=slides if any(slides) else (),
+            causal=not bidirectional,
             query_scale=None if scalar is None else scalar**-0.5,
             attention_softcap=config.attn_logit_softcapping if kind == "gemma2" else None,
             logit_softcap=getattr(config, "final_logit_softcapping", None),
@@ -461,8 +468,15 @@ class Decoder(nn.Module):
             self.lm_head = dense(config, config.vocab_size)
 
     def init_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` rows of at most `length` tokens."""
+        """An empty cache for `batch` rows of at most `length` tokens.
+
+        Raises:
+            ValueError: a model whose tokens see later ones.
+        """
         config = self.config
+        if not config.causal:
+            fix = "use its hidden states, or a causal model to generate."
+            raise ValueError(complain("Decoder", "attention in both directions needs no cache.", (), fix))
         sizes = {"layers": config.num_layers, "heads": config.kv_heads, "width": config.head_width}
         return Cache.empty(batch, length, **sizes, dtype=config.dtype, scan=config.scan)
 
@@ -482,7 +496,7 @@ class Decoder(nn.Module):
         views = [
             (
                 rope_table(sight.positions, rope.frequencies(config.head_width)),
-                sight.bias(window=config.sliding_window if slides else None),
+                sight.bias(causal=config.causal, window=config.sliding_window if slides else None),
             )
             for slides, rope in zip(sliding, ropes, strict=True)
         ]

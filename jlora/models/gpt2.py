@@ -106,6 +106,8 @@ class Gpt2Config:
         offenders = []
         if config.add_cross_attention:
             offenders.append("add_cross_attention is set: there is nothing here to attend to")
+        if not getattr(config, "is_causal", True):
+            offenders.append("is_causal is false: only causal attention is computed here")
         if config.activation_function not in ACTIVATIONS:
             offenders.append(f"activation_function {config.activation_function!r}, known: {', '.join(ACTIVATIONS)}")
         if offenders:

@@ -26,12 +26,28 @@ def gelu(x: Array) -> Array:
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
+# By the names of transformers' ACT2FN. Those with parameters (prelu, xielu) are left out.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
+    "gelu_10": lambda x: jnp.clip(gelu(x), -10, 10),
+    "gelu_accurate": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_python": gelu,
+    "gelu_python_tanh": gelu_tanh,
+    "hardswish": jax.nn.hard_swish,
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": jax.nn.identity,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
 }
 
 
@@ -118,9 +134,16 @@ class Sight(NamedTuple):
     key_segments: Int[Array, "batch source"] | None
 
     def bias(self, *, causal: bool = True, window: int | None = None) -> Float[Array, "batch 1 time source"]:
-        """What is added to the scores: 0 where a query may look, a large negative number where not."""
+        """What is added to the scores: 0 where a query may look, a large negative number where not.
+
+        Args:
+            causal: a query sees no later token.
+            window: a query sees tokens that are less than this many places away, before it and, where attention is not
+                causal, after it.
+        """
         distance = self.queries[:, None] - self.keys[None, :]
         visible: Bool[Array, "..."] = (distance >= 0) if causal else jnp.ones_like(distance, bool)
+        distance = distance if causal else abs(distance)
         if window is not None:
             visible &= distance < window
         visible = visible[None, None]

@@ -13,8 +13,8 @@ from jlora.core.errors import complain, nearest
 from jlora.core.layouts import max_rank
 from jlora.core.paths import flatten
 from jlora.core.tree import kernels, wrap
-from jlora.interop.huggingface import LoadedModel, load_model
-from jlora.recipes.plan import Planner, Settings, check, describe, read_memory, readable
+from jlora.interop.huggingface import LoadedModel
+from jlora.recipes.plan import Planner, Settings, check, describe, load_shapes, read_memory, readable
 from jlora.recipes.tasks import TASKS
 
 Difficulty = Literal["simple", "medium", "complex"]
@@ -123,7 +123,7 @@ def advise(
     ]
     size = None
     if model is not None:
-        loaded = model if isinstance(model, LoadedModel) else load_model(model, abstract=True)
+        loaded = load_shapes(model, settings.pop("untie", False), settings.pop("vocab_size", None))
         most = _room(loaded, targets)
         if most < high:
             low, rank, high = (min(value, _power(most)) for value in (low, rank, high))

@@ -49,6 +49,9 @@ class Model:
         compute_dtype: what is computed in; left out, the dtype of the base
         scan: one compiled body for all layers: compiles faster, steps slower on a CPU
         remat: recompute each layer in the backward pass: less memory, a third more time
+        untie: give an output head that is tied to the input embedding its own copy, so that the two can differ
+        vocab_size: number of tokens to grow or cut the embedding and the output head to; new rows are the mean of the
+            others; left out, the number of the checkpoint
     """
 
     name: str
@@ -58,6 +61,8 @@ class Model:
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scan: bool = False
     remat: bool = False
+    untie: bool = False
+    vocab_size: Annotated[int, Range(1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -402,7 +402,7 @@ class Job:
         return pad([self.rows[n] for n in places[:size]], size=size, length=length, pad_id=shapes["pad_id"])
 
     def _shapes(self) -> dict[str, int]:
-        pad_id = pad_token(self.task.loaded.tokenizer)
+        pad_id = pad_token(self.task.loaded)
         size = self.config.optimisation.batch_size
         return {"batch_size": size, "max_length": self.config.data.max_length, "pad_id": pad_id}
 

@@ -200,7 +200,14 @@ def find_kind(folder: File) -> str:
     raise FileNotFoundError(complain("adapter", f"{folder} holds no adapter.", offenders, fix))
 
 
-def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = "float32") -> Adapted:
+def load_adapted(
+    folder: File,
+    model: str | None = None,
+    *,
+    dtype: str | None = "float32",
+    untie: bool = False,
+    vocab_size: int | None = None,
+) -> Adapted:
     """Loads the base of an adapter, and puts the adapter on it.
 
     Args:
@@ -209,6 +216,8 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
             of the name in the folder otherwise.
         dtype: of the base under a PEFT adapter, None for the one it is stored in; jlora's own goes on a base of the
             dtype it was trained with alone.
+        untie: load the base of a PEFT adapter with a separate output head; jlora's own adapters record what they need.
+        vocab_size: number of tokens that the base of a PEFT adapter was resized to; recorded in the same way.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -230,7 +239,8 @@ def load_adapted(folder: File, model: str | None = None, *, dtype: str | None = 
     # The revision is that of the hub's name in the config.
     revision = config.get("revision") if model is None and not File(name).is_dir() else None
     base = find_folder(name, revision)
-    loaded = load_model(name, revision=revision, dtype=dtype or stored_dtype(base), **head_of(folder, config, base))
+    form: dict[str, Any] = {"dtype": dtype or stored_dtype(base), "untie": untie, "vocab_size": vocab_size}
+    loaded = load_model(name, revision=revision, **form, **head_of(folder, config, base))
     loaded = use_tokenizer(loaded, folder)
     params = peft.load_peft(folder, loaded.model, loaded.params)
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
@@ -254,6 +264,8 @@ def form_of(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     family = find_family(find_folder(name, None))
     dtypes = {leaf["dtype"] for leaf in base.values()}
     form: dict[str, Any] = {"scan": any(family.stack in path.split("/") for path in base)}
+    sizes = {path: base[path]["shape"][axis] for path, axis in family.vocabulary.items() if path in base}
+    form |= {"vocab_size": next(iter(sizes.values())), "untie": any(path.endswith("/kernel") for path in sizes)}
     form |= {"dtype": next(iter(dtypes))} if len(dtypes) == 1 else {}
     form |= {name: settings[name] for name in ("head", "pooling") if name in settings}
     labels = [leaf["shape"][-1] for path, leaf in base.items() if path.split("/")[0] in CLASSIFIERS]
@@ -297,13 +309,22 @@ def changed(base: Tree, params: Tree) -> tuple[Path, ...]:
     return tuple(p for p, leaf in flatten(params).items() if not adapter_leaf(p) and leaf is not before[p])
 
 
-def describe_adapter(folder: str | File, model: str | None = None, *, spectrum: bool = False) -> Description:
+def describe_adapter(
+    folder: str | File,
+    model: str | None = None,
+    *,
+    spectrum: bool = False,
+    untie: bool = False,
+    vocab_size: int | None = None,
+) -> Description:
     """Says what an adapter's folder holds.
 
     Args:
         folder: of a training run, of `save_adapter`, or of PEFT.
         model: folder or hub name of the base, to hold every update against its kernel; None to read the adapter alone.
         spectrum: say how much of its rank each adapter used.
+        untie: load the base of a PEFT adapter with a separate output head, as `load_model` does.
+        vocab_size: number of tokens that the base of a PEFT adapter was resized to.
 
     Raises:
         FileNotFoundError: no adapter there.
@@ -319,7 +340,7 @@ def describe_adapter(folder: str | File, model: str | None = None, *, spectrum: 
         found = describe_own(inner, read_job(folder / CONFIG).model.name if kind == "run" else None, spectrum)
     values = {item: getattr(found, item) for item in found.__dataclass_fields__} | {"folder": str(folder)}
     if model is not None:
-        adapted = load_adapted(folder, model)
+        adapted = load_adapted(folder, model, untie=untie, vocab_size=vocab_size)
         leaves, told = flatten(adapted.params), kernels("inspect", adapted.params)
         trios = {path: (trio_of(leaves, path), told[path]) for path in told}
         full = [Whole(path=p, shape=leaves[p].shape, bytes=leaves[p].nbytes) for p in adapted.train]
@@ -358,7 +379,7 @@ def describe_peft(folder: File, spectrum: bool) -> Description:
         ValueError: files missing or damaged, an adapter of another kind, or half of a pair missing.
     """
     config, tensors = peft.read_config(folder), peft.read_tensors(folder)
-    pairs, plain, tokens, offenders = peft.sort_tensors(Table({}, {}, str, False, []), tensors)
+    pairs, plain, tokens, offenders = peft.sort_tensors(Table({}, {}, {}, frozenset(), str, False, []), tensors)
     alphas, whole = PatternMatcher("alpha_pattern"), plain | tokens
     for module, pair in pairs.items():
         shapes_ab = [pair.factors[name].shape for name in sorted(pair.factors)]

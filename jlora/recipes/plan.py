@@ -55,6 +55,8 @@ class Settings:
         remat: recompute each layer in the backward pass
         task: what is learnt; auto is a language model, or classes of texts for BERT
         labels: classes there are; left out, as many as the checkpoint has
+        untie: count a tied output head as a separate copy of the input embedding
+        vocab_size: tokens of the embedding and the output head; left out, as many as the checkpoint has
     """
 
     rank: int = 8
@@ -69,6 +71,8 @@ class Settings:
     remat: bool = False
     task: Literal["auto", "causal_lm", "instruction", "sequence_classification", "token_classification"] = "auto"
     labels: int | None = None
+    untie: bool = False
+    vocab_size: int | None = None
 
 
 class Remedy(NamedTuple):
@@ -213,7 +217,7 @@ def plan(model: str | Path | LoadedModel, *, memory: int | str | None = None, **
     """
     wanted = Settings(**settings)
     size = None if memory is None else read_memory(memory)
-    loaded = model if isinstance(model, LoadedModel) else load_model(model, abstract=True)
+    loaded = load_shapes(model, wanted.untie, wanted.vocab_size)
     check(wanted, loaded)
     name = model if isinstance(model, str | Path) else loaded.model.origin.name if loaded.model.origin else "the model"
     planner = Planner(loaded, size)
@@ -237,6 +241,20 @@ def plan(model: str | Path | LoadedModel, *, memory: int | str | None = None, **
         return found
     remedies, least = planner.remedies(wanted)
     return replace(found, remedies=remedies, least=least)
+
+
+def load_shapes(model: str | Path | LoadedModel, untie: bool = False, vocab_size: int | None = None) -> LoadedModel:
+    """The model without its weights; one that is loaded already stays as it was loaded.
+
+    Raises:
+        ValueError: settings of loading for a model that is loaded already.
+    """
+    if not isinstance(model, LoadedModel):
+        return load_model(model, abstract=True, untie=untie, vocab_size=vocab_size)
+    if untie or vocab_size is not None:
+        fix = "pass untie= and vocab_size= to load_model instead."
+        raise ValueError(complain("plan", "the model is loaded already.", (), fix))
+    return model
 
 
 class Held(NamedTuple):

@@ -76,7 +76,8 @@ def load_base(config: Config, labels: Sequence[str]) -> LoadedModel:
     """The base model with the task's head, new where it has to be; a seed makes the same head each time.
 
     Raises:
-        ValueError: no such model, no tokenizer beside it, or it reads fewer tokens than the config asks for.
+        ValueError: no such model, no tokenizer beside it, it reads fewer tokens than the config asks for, or it can't
+            learn the task.
     """
     loaded = load_model(
         config.model.name,
@@ -88,11 +89,16 @@ def load_base(config: Config, labels: Sequence[str]) -> LoadedModel:
         pooling=config.model.pooling,
         revision=config.model.revision,
         labels=labels or None,
+        untie=config.model.untie,
+        vocab_size=config.model.vocab_size,
         key=jax.random.key(config.optimisation.seed),
     )
     if loaded.tokenizer is None:
         fix = "add the tokenizer's files to the model's folder."
         raise ValueError(complain("train", f"{config.model.name} has no tokenizer.", [], fix))
+    if TASKS[config.data.task].head == "causal_lm" and not getattr(loaded.model.config, "causal", True):
+        problem = f"{config.model.name} attends in both directions: it sees the token that it should predict."
+        raise ValueError(complain("train", problem, [], "use a causal model, or train another task."))
     most = loaded.config.max_position_embeddings
     if config.data.max_length > most:
         problem = f"data.max_length is {config.data.max_length}, the model reads {most} tokens."

@@ -5,7 +5,8 @@ A task knows its model's head, its loss and its measure; the loop around it is e
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
+from jlora.core.errors import complain, count
 from jlora.core.paths import Tree
 from jlora.interop.huggingface import LoadedModel
 from jlora.recipes.batches import Row, ordered_batches
@@ -86,6 +88,33 @@ class Task:
         """
         raise NotImplementedError
 
+    def check_vocabulary(self, who: str, splits: Mapping[str, Sequence[Row]]) -> None:
+        """Checks that the model has a row in its embedding for every token.
+
+        Args:
+            who: for the error.
+            splits: rows by the name of their split.
+
+        Raises:
+            ValueError: the tokenizer has tokens that the model lacks, and the rows hold some of them: all are listed.
+        """
+        size, tokenizer = self.loaded.config.vocab_size, self.loaded.tokenizer
+        offenders = []
+        for split, rows in splits.items():
+            numbers = Counter(token for row in rows for token in {*self._tokens(row).tolist()} if token >= size)
+            offenders += [
+                f"{split}: {tokenizer.convert_ids_to_tokens(token)!r} (id {token}) in {count(number, 'row')}"
+                for token, number in sorted(numbers.items())
+            ]
+        if offenders:
+            problem = f"the model has {size} tokens, the tokenizer {len(tokenizer)}, and the data needs the others."
+            fix = f"set model.vocab_size = {len(tokenizer)} to add rows for them, or remove these tokens from the data."
+            raise ValueError(complain(who, problem, offenders, fix))
+
+    def _tokens(self, row: Row) -> Int[np.ndarray, " tokens"]:
+        """The tokens that a row needs a row of the embedding for."""
+        return row.ids
+
     def _outputs(self, forward: Any, params: Tree, batch: dict[str, Any]) -> Any:
         raise NotImplementedError
 
@@ -100,7 +129,7 @@ class Task:
         """Rows' places, their batch and what the model gives for it, batch by batch."""
         forward = self.plain if merged else self.adapted
         size, length = self.config.optimisation.batch_size, self.config.data.max_length
-        pad_id = pad_token(self.loaded.tokenizer)
+        pad_id = pad_token(self.loaded)
         for places, found in ordered_batches(rows, batch_size=size, max_length=length, pad_id=pad_id):
             batch: Any = found
             placed = batch if self.mesh is None else place_batch(batch, self.mesh)
@@ -115,9 +144,10 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
     return {"segment_ids": batch["segment_ids"]} if "segment_ids" in batch else {}
 
 
-def pad_token(tokenizer: Any) -> int:
-    """What fills a row up: it is masked, so any id will do where the tokenizer has none for it."""
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def pad_token(loaded: LoadedModel) -> int:
+    """The token that pads a row: the tokenizer's, or 0 where the model has no row for that one. It is masked."""
+    token = loaded.tokenizer.pad_token_id
+    return 0 if token is None or token >= loaded.config.vocab_size else token
 
 
 class Classes(Task):
@@ -210,6 +240,9 @@ class Language(Task):
             return mean * weights.sum() / len(weights)
 
         return loss_fn
+
+    def _tokens(self, row: Row) -> Int[np.ndarray, " tokens"]:
+        return np.concatenate([row.ids, row.targets[row.weights > 0]])
 
     def _hidden(self, params: Tree, batch: dict[str, Any]) -> Any:
         return self.loaded.model.apply({"params": params}, *inputs(batch), **packed(batch), method="hidden")
