@@ -421,6 +421,28 @@ def test_an_adapter_over_a_vocabulary_padded_to_a_multiple_fits_a_base_resized_s
     close(run_jax(loaded.model, params), run_torch(model))
 
 
+@pytest.mark.parametrize("untie", [False, True], ids=["tied", "untied"])
+def test_the_rows_of_a_resized_base_go_along_with_the_adapter(untie, bases, tmp_path):
+    base, folder = bases("llama tied")
+    loaded = load_model(folder, vocab_size=64, untie=untie)
+    params = fill(jlora.wrap(loaded.params, rank=2, targets=["q_proj", "embed_tokens"]))
+    save_peft(tmp_path, loaded.model, params)
+    grown = copy.deepcopy(base)
+    # Its new rows are random, and the file's take their place.
+    grown.resize_token_embeddings(64, mean_resizing=False)
+    close(run_jax(loaded.model, params), run_torch(opened(grown, tmp_path)))
+    equal(load_peft(tmp_path, loaded.model, loaded.params), params)
+
+
+def test_values_that_one_tied_tensor_can_not_hold_are_refused(bases, tmp_path):
+    loaded = load_model(bases("llama tied")[1], untie=True)
+    params = fill(jlora.wrap(loaded.params, rank=2, targets=["q_proj", "embed_tokens"]))
+    params["embed_tokens"] |= {"embedding": params["embed_tokens"]["embedding"] + 0.1}
+    with pytest.raises(ValueError, match="for PEFT the base ties them, and keeps one of the two"):
+        save_peft(tmp_path / "out", loaded.model, params)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tied_heads_adapter_that_the_file_lacks_is_that_of_its_table(bases, tmp_path):
     base, folder = bases("llama tied")
     model = train_in_peft(base, tmp_path, target_modules=["embed_tokens"], ensure_weight_tying=True)

@@ -27,7 +27,7 @@ from jlora.core.targets import Pattern, select
 from jlora.core.tree import adapter_leaf, is_wrapped, kernels, merge
 from jlora.interop import sentence_transformers
 from jlora.interop.changes import changed_leaves, readers
-from jlora.interop.families import FAMILIES
+from jlora.interop.families import FAMILIES, family_of
 from jlora.interop.files import staged
 from jlora.interop.huggingface import stored_leaves
 from jlora.interop.modules import (
@@ -210,6 +210,8 @@ def save_peft(
     lost = changed_from_base(model, plain, base, required=train is None) - full
     if train is None:
         full, lost = lost, set()
+    if model is not None and target == "peft":
+        full |= resized_leaves(model, plain)
     table = make_table("save_peft", model, plain, names, {**(layout or {}), **told}, {*told, *full})
     turned = [
         f"{path!r} is wrapped with the layout {layout!r}, its own is {table.slots[path].layout!r}"
@@ -227,6 +229,7 @@ def save_peft(
         *turned,
         *(f"{path!r} differs from the base, and is not in train=" for path in left_out(table, lost, whole)),
         *unsaveable(table, adapters, whole, target, task_type, dropout),
+        *overwritten(table, plain, whole),
     ]
     if offenders:
         problem = f"this can't become an adapter for {'PEFT' if target == 'peft' else 'vLLM'}."
@@ -507,6 +510,32 @@ def unsaveable(
             elif module.rpartition(".")[2] == "lm_head":
                 offenders.append(f"{module!r} is an adapted output head, which vLLM takes for few models")
     return offenders
+
+
+def resized_leaves(model: nn.Module, leaves: Iterable[Path]) -> set[Path]:
+    """The leaves with an axis of tokens, where the base was loaded with another vocabulary than its checkpoint's.
+
+    Their new rows are in no checkpoint, so they go into the file, as PEFT writes them too.
+    """
+    origin = getattr(model, "origin", None)
+    if origin is None or json.loads(origin.config).get("vocab_size") in (None, model.config.vocab_size):
+        return set()
+    return {path for path in family_of(model).vocabulary if path in leaves}
+
+
+def overwritten(table: Table, leaves: Mapping[Path, Any], whole: Trained) -> list[str]:
+    """The separate heads of a tied base whose values would be lost: PEFT keeps one tensor under both adapters."""
+
+    def value(name: str) -> np.ndarray:
+        slot, layer, cut = table.tensors[name]
+        return whole_tensor(slot, fold(slot, leaves[slot.path])[layer][:, cut])
+
+    return [
+        f"{source!r} and {copy!r} differ and one has an adapter: for PEFT the base ties them, and keeps one of the two"
+        for copy, source in table.untied.items()
+        if not {module_of(copy), module_of(source)}.isdisjoint(whole.bases)
+        and not np.array_equal(value(copy), value(source))
+    ]
 
 
 def uniform(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
