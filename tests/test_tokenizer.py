@@ -95,6 +95,14 @@ def test_a_part_of_tokenizer_json_that_is_wrong_is_an_error(folder):
         assert problem.startswith("tokenizer.json: ")
 
 
+def test_a_panic_of_the_tokenizers_library_is_an_error(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["single"][0]["SpecialToken"]["id"] = "<r>"
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (problem,) = problems(folder)
+    assert problem.startswith("tokenizer.json: ")
+
+
 def test_code_that_comes_with_a_tokenizer_is_never_run(folder):
     (folder / "mine.py").write_text("raise SystemExit('it ran')\n")
     settings = json.loads((folder / "tokenizer_config.json").read_text())

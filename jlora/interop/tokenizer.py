@@ -1,5 +1,6 @@
 """The tokenizer of a folder: read with its chat templates, written, and taken from an adapter's folder to its base."""
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -50,9 +51,28 @@ def read_tokenizer(folder: Path, config: Any) -> Any:
 
 def open_tokenizer(folder: Path, config: Any) -> Any:
     """The tokenizer, after it has shown that it works: some wrong settings fail only in use."""
-    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, config=config, **SAFELY)
-    tokenizer.decode(tokenizer(["a", "b c"])["input_ids"][1], skip_special_tokens=True)
+    with panics_raised():
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, config=config, **SAFELY)
+        tokenizer.decode(tokenizer(["a", "b c"])["input_ids"][1], skip_special_tokens=True)
     return tokenizer
+
+
+@contextlib.contextmanager
+def panics_raised() -> Iterator[None]:
+    """Raises a panic of the tokenizers library as a ValueError: it comes as a BaseException, as Ctrl-C does.
+
+    Raises:
+        ValueError: the library panicked; the message is its own.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        # The class can't be imported: each library written in Rust makes one of its own.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library stopped: {error}") from error
 
 
 def check_packages(folder: Path) -> None:
@@ -94,7 +114,8 @@ def find_damage(folder: Path, config: Any) -> Iterator[str]:
             yield f"{file.relative_to(folder)}: it is not text in UTF-8 (byte {error.start})"
     if not damaged and (folder / "tokenizer.json").is_file():
         try:
-            Tokenizer.from_file(str(folder / "tokenizer.json"))
+            with panics_raised():
+                Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(["a", "b c"])
         except Exception as error:
             damaged = True
             yield f"tokenizer.json: {' '.join(str(error).split())}"
