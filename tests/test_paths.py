@@ -237,3 +237,25 @@ def test_what_is_no_tree_of_arrays_is_one_error_in_every_function(other: Any, tm
             with pytest.raises(TypeError, match=r"^join: (adapters|base) is not a tree of arrays"):
                 jlora.join(*halves)
     assert not (tmp_path / "new").exists()
+
+
+ARGUMENTS = {
+    "adapt fn": (lambda: jlora.adapt(3), "adapt: fn is of type int, not a function"),
+    "adapt dropout": (lambda: jlora.adapt(apply, dropout="x"), "adapt: dropout is 'x'"),
+    "infer_layout fn": (lambda: jlora.infer_layout({}, WRAPPED), "infer_layout: fn is of type dict, not a function"),
+    "wrap alpha": (lambda: jlora.wrap({"kernel": KERNEL}, 2, alpha="x"), "wrap: alpha must be a number"),
+    "wrap layout": (lambda: jlora.wrap({"kernel": KERNEL}, 2, layout="io"), "wrap: layout is of type str, not a dict"),
+    "wrap init": (lambda: jlora.wrap({"kernel": KERNEL}, 2, init="zeros"), "wrap: init is of type str, not a function"),
+    "split train": (lambda: jlora.split(WRAPPED, train=3), "split: train is 3"),
+    "allocate importance": (
+        lambda: jlora.allocate(None, WRAPPED, budget=1),
+        "allocate: importance is of type NoneType",
+    ),
+}
+
+
+@pytest.mark.parametrize("call, words", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_an_argument_of_the_wrong_kind_is_one_error(call: Any, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words) as caught:
+        call()
+    assert "\nFix: " in str(caught.value)

@@ -404,6 +404,9 @@ def _gains(importance: Any, cost: int, most: int) -> list[float]:
 
 
 def _check_importance(importance: Mapping[Path, Any], paths: list[Path]) -> None:
+    if not isinstance(importance, Mapping):
+        problem = f"importance is of type {type(importance).__name__}, not a dict by the kernels' paths."
+        raise TypeError(complain("allocate", problem, [], "pass spectrum(params), or gradient_norms(grads)."))
     lost = [f"{path!r}  missing" for path in paths if path not in importance]
     lost += [f"{p!r}  not wrapped, nearest: {quoted(nearest(p, paths))}" for p in importance if p not in paths]
     if lost:

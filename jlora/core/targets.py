@@ -66,6 +66,9 @@ def resolve(targets: Targets, leaves: Mapping[Path, Any]) -> dict[Path, Rule]:
 
 def select(who: str, patterns: Pattern, paths: Iterable[Path]) -> set[Path]:
     """The paths that `patterns` names, for leaves trained in full; every pattern must match one."""
+    if not isinstance(patterns, Iterable):
+        fix = "pass a regular expression, or a list of names of modules or leaves."
+        raise TypeError(complain(who, f"train is {patterns!r}.", [], fix))
     paths = list(paths)
     patterns = _frozen(patterns)
     check_matches(who, parts(patterns), paths, "train pattern", "leaf", "leaves")

@@ -98,6 +98,7 @@ def wrap(
     leaves = read_arrays("wrap", params)
     _check_unwrapped("wrap", leaves)
     check_names("wrap", leaves)
+    _check_kinds(layout, init)
     given = _given(leaves, layout or {})
     told = _layouts(leaves, given)
     chosen = _choose(leaves, targets, None if layout is None else given)
@@ -129,6 +130,15 @@ def wrap(
         return out
 
     return edit(params, change)
+
+
+def _check_kinds(layout: Any, init: Any) -> None:
+    if not isinstance(layout, Mapping | None):
+        fix = "pass layout=jlora.infer_layout(fn, params, *args), or layout={path: letters}."
+        raise TypeError(complain("wrap", f"layout is of type {type(layout).__name__}, not a dict.", [], fix))
+    if not callable(init):
+        fix = "pass an initializer, as jax.nn.initializers.orthogonal()."
+        raise TypeError(complain("wrap", f"init is of type {type(init).__name__}, not a function.", [], fix))
 
 
 def _check_room(params: Tree, paths: Iterable[Path]) -> None:
@@ -326,6 +336,9 @@ def _check_ranks(rules: Mapping[Path, _Size], leaves: Mapping[Path, Any], most: 
                 "each kernel at most the highest rank it can hold.",
             )
         )
+    odd = [f"{described[p]}  alpha {r.alpha!r}" for p, r in rules.items() if not hasattr(r.alpha, "__float__")]
+    if odd:
+        raise TypeError(complain("wrap", "alpha must be a number.", odd, "pass alpha=rank for a scaling of 1."))
     wrong = [f"{described[p]}  alpha {r.alpha}" for p, r in rules.items() if not 0 < r.alpha < math.inf]
     if wrong:
         raise ValueError(

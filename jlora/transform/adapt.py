@@ -14,7 +14,7 @@ from jlora.core.tree import has_adapter, kernels, replace_kernels
 from jlora.transform import jaxprs
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation, Recorder
-from jlora.transform.tracing import Structure, evaluate, take_apart
+from jlora.transform.tracing import Structure, check_function, evaluate, take_apart
 
 # Traces kept for one adapted function: enough for every bucket of lengths. Beyond it the oldest is dropped, and with
 # it the arrays that fn closed over.
@@ -53,11 +53,15 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
       A function of the same arguments, and of `lora_key`, a PRNG key for dropout; without it nothing is dropped.
 
     Raises:
+      TypeError: `fn` is not a function.
       ValueError: `dropout` outside [0, 1); when called: a kernel used in a way that has no low-rank form (all such
         uses are listed, with their lines), or adapter leaves without their kernel.
     """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(complain("adapt", f"dropout is {dropout}.", [], "pass a rate from 0 up to, not including, 1."))
+    check_function("adapt", fn)
+    if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            complain("adapt", f"dropout is {dropout!r}.", [], "pass a rate from 0 up to, not including, 1.")
+        )
     traces: OrderedDict[Any, _Trace] = OrderedDict()
 
     @functools.wraps(fn)

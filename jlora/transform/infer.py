@@ -12,7 +12,7 @@ from jlora.core.paths import Path, Tree, map_with_path, read_arrays
 from jlora.core.tree import check_names, drop_adapters
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation
-from jlora.transform.tracing import evaluate, is_array, take_apart
+from jlora.transform.tracing import check_function, evaluate, is_array, take_apart
 
 
 def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path, Layout]:
@@ -29,7 +29,12 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path,
       For every leaf that a matmul, a convolution or a lookup reads, one letter per axis: `s` stack, `i` in, `o` out,
       `v` the rows of a table that is looked up. A leaf read in several ways has the layout of the first, and is a
       table if any of them is a lookup; one whose axes can't be told apart is left out.
+
+    Raises:
+      TypeError: `fn` is not a function, or `params` is not a tree.
+      ValueError: no arrays, arrays with one slash path, or one with the name of an adapter's leaf.
     """
+    check_function("infer_layout", fn)
     given = read_arrays("infer_layout", params)
     check_names("infer_layout", given)
     shapes = {path: tuple(value.shape) for path, value in given.items()}

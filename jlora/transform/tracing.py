@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jlora.core.errors import complain
 from jlora.transform import jaxprs, rules
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation
@@ -24,6 +25,17 @@ class Structure(NamedTuple):
         fixed = dict(self.statics)
         size = self.treedef.num_leaves
         return jax.tree.unflatten(self.treedef, [fixed[n] if n in fixed else next(rest) for n in range(size)])
+
+
+def check_function(who: str, fn: Any) -> None:
+    """Raises where a public function was not given a function.
+
+    Raises:
+      TypeError: names the type of what was given.
+    """
+    if not callable(fn):
+        fix = "pass the function that reads the parameters, as model.apply."
+        raise TypeError(complain(who, f"fn is of type {type(fn).__name__}, not a function.", [], fix))
 
 
 def is_array(leaf: Any) -> bool:
