@@ -125,6 +125,29 @@ def test_eval_is_torchs_mean_loss_and_on_validation_the_best_evaluations(trained
     assert found["records"] == len(data.read_text().splitlines())
 
 
+@pytest.mark.parametrize("task", CLASSES)
+def test_eval_of_a_merged_folder_is_that_of_its_run(task, trained, tmp_path, capsys):
+    run, merged = trained[task], tmp_path / "merged"
+    data = str(run.parent / "validation.jsonl")
+    assert main(["merge", str(run), "--out", str(merged)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--data", data, "--json"]) == 0
+    wanted = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(merged), "--task", task, "--data", data, "--max-length", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("data") == wanted.pop("data") and found == pytest.approx(wanted, rel=1e-4)
+    for argv, words in (
+        ([str(merged)], "--task is missing  expected: one of sequence_classification, "),
+        ([str(merged), "--task", task], "--data is missing"),
+        ([str(merged), "--task", task, "--data", data, "--max-length", "99"], "the model reads 64 tokens"),
+        ([str(merged), "--task", task, "--data", data, "--model", "x"], "a merged model has none"),
+        ([str(run), "--task", task, "--data", data], "leave these options out"),
+    ):
+        assert main(["eval", *argv]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\nFix: ") == 1
+
+
 def test_inspect_tells_of_every_kernel_what_float64_numpy_does(trained, models, capsys):
     folder = trained["causal_lm"]
     capsys.readouterr()
@@ -251,6 +274,57 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_an_error_of_the_rows_that_n
     # The adapter alone records how its base is loaded.
     assert main(["merge", f"{run}/adapter", "--model", str(base), "--out", str(tmp_path / "merged")]) == 0
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").config.vocab_size == size
+
+
+WRONG = ["", ".", "nowhere", "{file}", "{binary}", "/", "[x]", "~nobody/x", "-1", "nan", "1e999", "\u00e9", "\udcff"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "predict {x} text",
+        "predict {run} --input {x}",
+        "predict {run} text --top {x} --output {file}",
+        "predict {run} text --temperature {x} --output {file}",
+        "eval {x}",
+        "eval {run} --data {x}",
+        "eval {model} --task causal_lm --data {x}",
+        "generate {x} text",
+        "generate {model} text --adapter {x}",
+        "generate {model} text --top-p {x} --merge",
+        "inspect {x}",
+        "inspect {run} --model {x}",
+        "merge {x} --out {out}",
+        "merge {run} --out {file} --model {x}",
+        "export {x} --out {out}",
+        "plan {x}",
+        "plan {model} --sequence {x} --memory 1",
+        "advise --config {x}",
+        "train {x}",
+        "sweep {config} --ranks {x} --metric none",
+        "sweep {config} --seeds {x} --metric none",
+    ],
+)
+def test_no_value_of_a_flag_ends_in_a_traceback(line, trained, models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("hello")
+    (tmp_path / "binary").write_bytes(b"\xff\x00\xfe")
+    run = trained["causal_lm"]
+    names = {"run": run, "model": models["llama"], "config": run.parent / "job.toml", "out": tmp_path / "out"}
+    names |= {"file": tmp_path / "file", "binary": tmp_path / "binary"}
+    for wrong in WRONG:
+        value = wrong.format(**names)
+        argv = [value if word == "{x}" else word.format(**names) for word in line.split()]
+        capsys.readouterr()
+        try:
+            code, form = main(argv), "\nFix: "
+        except SystemExit as ended:
+            # The parser's own form, of a flag whose value has another type.
+            code, form = ended.code, "rror"
+        said = capsys.readouterr().err
+        assert code == 2 and form in said and "Traceback" not in said, (argv, said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["binary", "file"]
 
 
 def stand_ins(folder: Path, models: dict, trained: dict) -> dict[str, str]:

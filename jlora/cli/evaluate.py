@@ -1,39 +1,60 @@
 """`jlora eval`: what a saved run makes of other data."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from jlora.cli.show import result_table
 from jlora.cli.streams import Terminal, json_line
 from jlora.cli.train import fields_of, print_truncation, rows_of
 from jlora.core.errors import complain
 from jlora.core.tree import merge
+from jlora.interop.huggingface import load_model
+from jlora.recipes import config as configs
 from jlora.recipes.batches import check_targets
+from jlora.recipes.config import TaskName
+from jlora.recipes.inspection import stored_dtype
 from jlora.recipes.readers import read_corpus
-from jlora.recipes.runs import load_run
+from jlora.recipes.runs import CONFIG, Run, load_run
+from jlora.recipes.tasks import TASKS, Classes
 
 
-def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None) -> dict[str, float]:
-    """Prints the loss and the metrics of a run on a file.
+def evaluate(
+    folder: Path, data: str | None, *, task: TaskName | None, max_length: int | None, as_json: bool, model: str | None
+) -> dict[str, float]:
+    """Prints the loss and the metrics of a run, or of a merged model, on a file.
 
     Args:
-        folder: what `jlora train` wrote.
-        data: a file or data set of the run's task; None for the run's own test file.
+        folder: what `jlora train` or `jlora merge` wrote.
+        data: a file or data set of the task; None for a run's own test file.
+        task: the task of a merged model; None for a run.
+        max_length: tokens of an example that are read, for a merged model; None for the default.
         as_json: print one JSON object.
-        model: where the base model is, if not where it was.
+        model: where the base model of a run is, if not where it was.
 
     Raises:
-        FileNotFoundError: no run in `folder`, or no such data.
-        ValueError: a run without a test file, lines that can't be used, labels that the run does not know.
+        FileNotFoundError: no run or model in `folder`, or no such data.
+        ValueError: a run without a test file, a merged model without a task or data, lines that can't be used, labels
+            that the run or model does not know.
     """
-    run = load_run(folder, model=model)
+    if is_model(folder):
+        run = load_merged(folder, data, task, max_length, model)
+        params = run.params
+    else:
+        options = {"--task": task, "--max-length": max_length}
+        given = [name for name, value in options.items() if value is not None]
+        if given and (folder / CONFIG).is_file():
+            problem = f"{folder} is a run, which has its own task and max_length."
+            raise ValueError(complain("eval", problem, given, "leave these options out."))
+        run = load_run(folder, model=model)
+        params = merge(run.params)
     source = data or run.config.data.test
     if source is None:
         problem = f"{folder} was trained without a test file."
         raise ValueError(complain("eval", problem, [], "name one: jlora eval FOLDER --data FILE."))
-    task = run.config.data.task
     corpus = read_corpus(
         {"test": source},
-        task,
+        run.config.data.task,
         fields=fields_of(run.config),
         format=run.config.data.format,
         unit=run.config.data.unit,
@@ -43,7 +64,7 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
     rows = rows_of(run.config, run.task.loaded.tokenizer, corpus, "test")
     check_targets("eval", {"test": rows.rows}, run.config.data.max_length)
     run.task.check_vocabulary("eval", {"test": rows.rows})
-    scores = run.task.score(merge(run.params), rows.rows, merged=True)
+    scores = run.task.score(params, rows.rows, merged=True)
     found = {"loss": scores.loss, **scores.metrics}
     if as_json:
         counts = {"records": len(corpus.splits["test"]), "cut": rows.cut, "dropped": rows.dropped}
@@ -53,3 +74,48 @@ def evaluate(folder: Path, data: str | None, *, as_json: bool, model: str | None
         table = [("data", str(source)), ("records", f"{len(corpus.splits['test']):,}")]
         Terminal().print(result_table(table + [(name, f"{value:.4f}") for name, value in found.items()]))
     return found
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model in Hugging Face form, and not a run."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def load_merged(
+    folder: Path, data: str | None, task: TaskName | None, max_length: int | None, model: str | None
+) -> Run:
+    """A merged model as a run without an adapter, with the labels of its config.
+
+    Raises:
+        ValueError: no task or data, an option of runs, or a model that is not the task's.
+    """
+    wrong = [f"--task is missing  expected: one of {', '.join(get_args(TaskName))}"] if task is None else []
+    wrong += ["--data is missing  expected: a file of the task, or hub:owner/name"] if data is None else []
+    wrong += ["--model names the base of a run, and a merged model has none"] if model is not None else []
+    if wrong:
+        fix = "evaluate as in: jlora eval FOLDER --task causal_lm --data FILE."
+        raise ValueError(complain("eval", f"{folder} holds a merged model.", wrong, fix))
+    assert task is not None and data is not None
+    config = configs.parse(
+        {
+            "model": {"name": str(folder), "dtype": stored_dtype(folder)},
+            "data": {"task": task, "train": data} | ({} if max_length is None else {"max_length": max_length}),
+            "output": {"folder": str(folder)},
+        },
+        source="the command line",
+        folder=Path.cwd(),
+    )
+    loaded = load_model(folder, dtype=config.model.dtype, head=TASKS[task].head)
+    if loaded.tokenizer is None:
+        fix = "merge again with the base's tokenizer beside it."
+        raise ValueError(complain("eval", f"{folder} has no tokenizer.", [], fix))
+    most = loaded.config.max_position_embeddings
+    if max_length is None:
+        config = replace(config, data=replace(config.data, max_length=min(config.data.max_length, most)))
+    elif max_length > most:
+        problem = f"--max-length is {max_length}, the model reads {most} tokens."
+        raise ValueError(complain("eval", problem, [], f"set it to {most} or less."))
+    labels = (
+        tuple(label for _, label in sorted(loaded.config.id2label.items())) if issubclass(TASKS[task], Classes) else ()
+    )
+    return Run(task=TASKS[task](config, loaded, labels), params=loaded.params, answers={}, config=config)

@@ -17,7 +17,7 @@ import jlora
 from jlora.cli.streams import describe_error, discard_output, flush_output, prepare_streams, report
 from jlora.core.errors import complain
 from jlora.recipes import config as configs
-from jlora.recipes.config import Config, Sampling
+from jlora.recipes.config import Config, Sampling, TaskName
 from jlora.recipes.plan import Settings
 
 DESCRIPTION = "LoRA fine-tuning for JAX and Flax. `jlora --version` prints the version."
@@ -138,17 +138,21 @@ class Predict:
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure what `jlora train` wrote on other data.
+    """Measure what `jlora train` or `jlora merge` wrote on other data.
 
     Attributes:
-        folder: the run's folder
+        folder: the run's folder, or that of a merged model
         data: a file of the run's task, or hub:owner/name; left out, the run's own test file
+        task: the task of a merged model; a run has its own
+        max_length: tokens of an example that are read, for a merged model; a run has its own
         json: print one JSON object
         model: folder or hub name of the base model, if it is not where it was
     """
 
     folder: tyro.conf.Positional[Path]
     data: str | None = None
+    task: TaskName | None = None
+    max_length: int | None = None
     json: bool = False
     model: str | None = None
 
@@ -156,7 +160,14 @@ class Eval:
         """Prints the measures."""
         from jlora.cli.evaluate import evaluate
 
-        evaluate(self.folder, self.data, as_json=self.json, model=self.model)
+        evaluate(
+            self.folder,
+            self.data,
+            task=self.task,
+            max_length=self.max_length,
+            as_json=self.json,
+            model=self.model,
+        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +255,7 @@ class Advise:
     """
 
     config: Path | None = None
-    task: Literal["sequence_classification", "token_classification", "causal_lm", "instruction"] | None = None
+    task: TaskName | None = None
     examples: int | None = None
     difficulty: Literal["simple", "medium", "complex"] | None = None
     model: str | None = None

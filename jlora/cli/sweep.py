@@ -36,7 +36,7 @@ from jlora.core.tree import kernels, split
 from jlora.interop.huggingface import LoadedModel, shapes
 from jlora.recipes import runs
 from jlora.recipes.batches import Row, check_targets
-from jlora.recipes.config import Config
+from jlora.recipes.config import Config, Range
 from jlora.recipes.fit import Job, check_training, make_optimizer, prepare
 from jlora.recipes.readers import Corpus
 from jlora.recipes.sweep import Judged, Member, Progressed, SweepResult
@@ -83,9 +83,9 @@ def sweep(
     """
     console = Terminal()
     grid = {
-        "ranks": numbers("ranks", ranks, int, config.adapter.rank),
-        "learning_rates": numbers("lr", learning_rates, float, config.optimisation.learning_rate),
-        "seeds": numbers("seeds", seeds, int, config.optimisation.seed),
+        "ranks": numbers("ranks", ranks, int, config.adapter.rank, Range(1)),
+        "learning_rates": numbers("lr", learning_rates, float, config.optimisation.learning_rate, Range(0, above=True)),
+        "seeds": numbers("seeds", seeds, int, config.optimisation.seed, Range(0, 2**32 - 1)),
     }
     check_training(config)
     metric = check_metric(config, metric)
@@ -171,20 +171,25 @@ def sweep_locked(
     return result
 
 
-def numbers(name: str, text: str | None, kind: Callable[[str], Any], own: Any) -> list[Any]:
+def numbers(name: str, text: str | None, kind: Callable[[str], Any], own: Any, limits: Range) -> list[Any]:
     """The numbers of a flag, or the job's own.
 
     Raises:
-        ValueError: some of them are none; they are listed.
+        ValueError: some are not numbers, or out of range; they are listed.
     """
     if text is None:
         return [own]
     found, wrong = [], []
     for part in text.split(","):
         try:
-            found.append(kind(part.strip()))
+            value = kind(part.strip())
         except ValueError:
             wrong.append(repr(part.strip()))
+            continue
+        if math.isfinite(value) and value in limits:
+            found.append(value)
+        else:
+            wrong.append(f"{part.strip()!r}  expected: {limits}")
     if wrong:
         what = "whole numbers" if kind is int else "numbers"
         fix = f"give {what} with commas between them, as in --{name} {'4,8,16' if kind is int else '1e-3,2e-3'}."

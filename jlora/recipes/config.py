@@ -20,6 +20,8 @@ import tyro
 from jlora.core.errors import complain, count, nearest
 from jlora.recipes.readers import HUB, Format, Unit
 
+TaskName = Literal["sequence_classification", "token_classification", "causal_lm", "instruction"]
+
 
 @dataclass(frozen=True)
 class Range:
@@ -97,9 +99,7 @@ class Data:
         questions: asked when all is done
     """
 
-    task: Literal["sequence_classification", "token_classification", "causal_lm", "instruction"] = (
-        "sequence_classification"
-    )
+    task: TaskName = "sequence_classification"
     train: Path
     validation: Literal[False] | Path | None = None
     test: Path | None = None
@@ -429,7 +429,7 @@ def _fits(hint: Any, value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     tests = {
         str: lambda: isinstance(value, str) and value.strip() != "",
-        Path: lambda: isinstance(value, str) and value.strip() != "",
+        Path: lambda: isinstance(value, str) and value.strip() != "" and "\0" not in value,
         bool: lambda: isinstance(value, bool),
         int: lambda: isinstance(value, int) and not isinstance(value, bool),
         float: lambda: number and math.isfinite(value),
