@@ -280,3 +280,54 @@ def test_a_llama_learns_classes_and_every_command_takes_its_run(trained, tmp_pat
     leaves = flatten(run.params)
     for path, leaf in flatten(adapted.params).items():
         np.testing.assert_array_equal(leaf, leaves[path], err_msg=path)
+
+
+def test_an_adapter_on_a_pooler_that_no_output_reads_is_kept_and_written_back(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    base = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, **sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor(texts()[0])
+    with torch.no_grad():
+        expected = adapted(ids)
+        assert np.abs((expected.pooler_output - base(ids).pooler_output).numpy()).max() > 0.05
+
+    loaded = load_model(tmp_path / "base")
+    assert loaded.model.head is None and "pooler" not in loaded.params
+    params = load_peft(tmp_path / "adapter", loaded.model, loaded.params)
+    assert params["pooler"]["dense"]["kernel_lora_b"].shape == (3, 32)
+    states = jax.jit(jlora.adapt(loaded.model.apply))({"params": params}, ids.numpy())
+    np.testing.assert_allclose(states, expected.last_hidden_state.numpy(), atol=TOLERANCE)
+
+    def check(model):
+        with torch.no_grad():
+            found = model.eval()(ids)
+        np.testing.assert_allclose(found.last_hidden_state, expected.last_hidden_state, atol=TOLERANCE)
+        np.testing.assert_allclose(found.pooler_output, expected.pooler_output, atol=TOLERANCE)
+
+    save_peft(tmp_path / "again", loaded.model, params)
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["modules_to_save"] is None
+    check(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "again"))
+    save_model(tmp_path / "merged", loaded.model, params)
+    check(transformers.AutoModel.from_pretrained(tmp_path / "merged"))
+    # The same by the commands.
+    named = ["--model", str(tmp_path / "base")]
+    assert main(["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "exported"), *named]) == 0
+    check(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "exported"))
+    assert main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "whole"), *named]) == 0
+    check(transformers.AutoModel.from_pretrained(tmp_path / "whole"))
+
+
+def test_inspect_lists_the_adapter_of_a_pooler_that_no_output_reads(tmp_path, capsys):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    base = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["pooler.dense", "query"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "pooler/dense/kernel" in {target["path"] for target in found["targets"]} and found["whole"] == []

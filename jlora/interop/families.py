@@ -43,6 +43,7 @@ class Family:
         transpose: kernels are stored (out, in), as torch's Linear does, and not (in, out).
         spellings: (regex, replacement) pairs that turn an older checkpoint's names into today's.
         unread: regexes of tensors that may stand in the file though the model does not read them.
+        unread_modules: modules of the bare form that no output reads. A tree holds them where an adapter is on them.
         copies: tensors that repeat another where the config ties them, with the one they repeat.
         vocabulary: the parameters with one row or column per token, each with the axis of the tokens.
         pooled: its classifier of texts reads pooled states, and the pooling can be chosen.
@@ -59,6 +60,7 @@ class Family:
     transpose: bool = True
     spellings: tuple[tuple[str, str], ...] = ()
     unread: tuple[str, ...] = ()
+    unread_modules: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     vocabulary: Mapping[str, int] = field(default_factory=dict)
     pooled: bool = False
@@ -186,6 +188,7 @@ FAMILIES = {
             # An untied head has another bias beside its decoder's, and adds that one only.
             r"cls\.predictions\.bias",
         ),
+        unread_modules=("pooler",),
         copies={
             "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
             "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -566,8 +566,17 @@ def stored_leaves(model: nn.Module) -> dict[str, Callable[[np.dtype], np.ndarray
         for name in weight.tensors
     )
     rows = json.loads(model.origin.config)["vocab_size"]
-    table = [with_rows(family, weight, rows) for weight in weights(family, shapes(model))]
+    table = [*weights(family, shapes(model)), *unread_weights(family, model)]
+    table = [with_rows(family, weight, rows) for weight in table]
     return {weight.path: reader(weight) for weight in table if whole(weight)}
+
+
+def unread_weights(family: Family, model: nn.Module) -> list[Weight]:
+    """The weights of torch's form of the model that no output reads; a tree may hold them beside the model's own."""
+    if not family.unread_modules or not (model.head_type is None or model.pools_apart):
+        return []
+    reading = model.clone(head="classification", pooling="pooler")
+    return [weight for weight in weights(family, shapes(reading)) if module(weight.path) in family.unread_modules]
 
 
 def check_quantization(folder: Path, family: Family, stored: Mapping[str, Tensor]) -> None:
@@ -759,7 +768,8 @@ def unsaveable(folder: Path, model: nn.Module, family: Family, table: Sequence[W
     wanted = {weight.path: weight.shape for weight in weights(family, shapes(model))}
     given = {weight.path: weight.shape for weight in table}
     offenders += [f"{path!r} is missing" for path in sorted(wanted.keys() - given.keys())]
-    offenders += [f"{path!r} is not the model's" for path in sorted(given.keys() - wanted.keys())]
+    unread = {weight.path: weight.shape for weight in unread_weights(family, model)}
+    offenders += [f"{path!r} is not the model's" for path in sorted(given.keys() - wanted.keys() - unread.keys())]
     for path in sorted(given.keys() & wanted.keys()):
         if given[path] != wanted[path]:
             offenders.append(f"{path!r} has shape {given[path]}, the model {wanted[path]}")

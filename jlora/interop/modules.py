@@ -22,7 +22,7 @@ from jlora.core.errors import complain, count, nearest
 from jlora.core.layouts import Layout
 from jlora.core.paths import Path
 from jlora.interop.families import family_of, weights
-from jlora.interop.huggingface import shapes, spell
+from jlora.interop.huggingface import shapes, spell, unread_weights
 
 KINDS = ("linear", "conv1d", "conv", "embedding")
 PLAIN = "plain"  # the kind of a bias or a norm's scale
@@ -162,7 +162,8 @@ def model_table(model: nn.Module, base: Mapping[Path, Any]) -> Table:
     head = model.head_type
     cut = family.prefix if head is None else ""
     slots, offenders = {}, []
-    for weight in weights(family, shapes(model)):
+    beside = [weight for weight in unread_weights(family, model) if weight.path in base]
+    for weight in [*weights(family, shapes(model)), *beside]:
         leaf = weight.path.rpartition("/")[2]
         kind = {"kernel": "linear" if weight.transpose else "conv1d", "embedding": "embedding"}.get(leaf, PLAIN)
         layout = "s" * weight.stacked + {"kernel": "io", "embedding": "vo"}.get(leaf, "o")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Float
 
 from jlora.core import layouts
@@ -29,7 +30,7 @@ from jlora.interop import sentence_transformers
 from jlora.interop.changes import changed_leaves, readers
 from jlora.interop.families import FAMILIES, family_of
 from jlora.interop.files import staged
-from jlora.interop.huggingface import stored_leaves
+from jlora.interop.huggingface import stored_leaves, unread_weights
 from jlora.interop.modules import (
     PLAIN,
     Names,
@@ -288,6 +289,9 @@ def load_peft(
         layout: layouts by path or regular expression, as `wrap` takes them, for kernels of your own with more than two
             axes or in another order than (in, out).
 
+    An adapter on a module that no output reads, as BERT's pooler beside hidden states, is kept: the tree gets that
+    module from the model's checkpoint, and `save_peft` and `save_model` write it back.
+
     Returns:
         The wrapped tree. A and B are float32 where the kernel is narrower, else of the kernel's dtype.
 
@@ -303,6 +307,9 @@ def load_peft(
         fix = "pass the tree before wrap, or jlora.unwrap(params)."
         raise ValueError(complain("load_peft", "params is already wrapped.", [], fix))
     config, tensors = read_config(folder), read_tensors(folder)
+    if model is not None:
+        params = add_unread_modules(model, params, tensors)
+        base = flatten(params)
     table = make_table("load_peft", model, base, names, layout or {}, None)
     pairs, plain, tokens, offenders = sort_tensors(table, tensors)
     plain = {name: value for name, value in plain.items() if name not in table.unread}
@@ -321,6 +328,25 @@ def load_peft(
         raise ValueError(complain("load_peft", problem, offenders, fix))
     layout = {path: slot.layout for path, slot in table.slots.items()}
     return put(params, trios(table, adapters, base), whole_leaves(table, plain, base), layout)
+
+
+def add_unread_modules(model: nn.Module, params: Tree, tensors: Iterable[str]) -> Tree:
+    """The tree with the modules that an adapter is for but no output reads, from the model's own checkpoint.
+
+    Args:
+        model: one of jlora's models.
+        params: its parameters.
+        tensors: the names in the adapter's file. Modules that none of them names are left out.
+    """
+    unread = unread_weights(family_of(model), model)
+    modules = {weight.path.split("/")[0] for weight in unread}
+    named = any(f".{module}." in f".{name}" for name in tensors for module in modules)
+    missing = [weight.path for weight in unread if named and weight.path not in flatten(params)]
+    if not missing or model.origin is None:
+        return params
+    stored, dtype = stored_leaves(model), next(iter(flatten(params).values())).dtype
+    found = {path: jnp.asarray(stored[path](dtype)) for path in missing if path in stored}
+    return union(unflatten_dict(found, sep="/"), params) if found else params
 
 
 def split_classifier(model: nn.Module, params: Tree) -> tuple[Tree, Tree]:

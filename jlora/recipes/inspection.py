@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
 from typing import Any, NamedTuple
 
@@ -242,6 +242,8 @@ def load_adapted(
     form: dict[str, Any] = {"dtype": dtype or stored_dtype(base), "untie": untie, "vocab_size": vocab_size}
     loaded = load_model(name, revision=revision, **form, **head_of(folder, config, base))
     loaded = use_tokenizer(loaded, folder)
+    base_params = peft.add_unread_modules(loaded.model, loaded.params, peft.read_tensors(folder))
+    loaded = replace(loaded, params=base_params)
     params = peft.load_peft(folder, loaded.model, loaded.params)
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
 
