@@ -1,5 +1,6 @@
 """Standard input and output as they are in real shells: closed pipes, full disks, locales without UTF-8."""
 
+import contextlib
 import io
 import json
 import os
@@ -27,7 +28,9 @@ def prepare_streams() -> None:
     """Writes a character that the locale can't express as its escape, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            # A stream that became a pipe after Python opened it as a file can't be reconfigured; it prints as before.
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
 
 
 def flush_output() -> None:
