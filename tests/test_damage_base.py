@@ -62,7 +62,7 @@ def damages(content: bytes, rng: np.random.Generator) -> dict[str, bytes | None]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", list(COMMANDS))
-def test_no_damage_to_a_file_of_a_model_folder_prints_a_traceback(form, tmp_path, record_property):
+def test_no_damage_to_a_file_of_a_model_folder_prints_a_traceback(form, tmp_path):
     base = make_base(tmp_path / "base", form)
     code, answer, _ = generate(base, form)
     assert code == DONE
