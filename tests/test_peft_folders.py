@@ -293,7 +293,7 @@ def test_an_adapter_of_a_resized_base_names_the_option_that_loads_it(bases, tmp_
     )
     loaded = load_model(folder, vocab_size=64)
     params = load_peft(tmp_path, loaded.model, loaded.params)
-    close(run_jax(loaded.model, params), run_torch(model), run_torch(base))
+    close(run_jax(loaded.model, params), run_torch(model), run_torch(grown))
 
 
 def test_a_flipped_byte_in_either_file_is_one_error(saved, folder, tmp_path):
