@@ -408,6 +408,7 @@ def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsy
         "--model.name=./nowhere": "nowhere",
         "--data.max-length=100": "the model reads 64 tokens",
         "--output.folder=job.toml/run": "is a file, not a folder",
+        "--output.folder=a[v1]": "train: Orbax can't use the path",
         "--data.test=gone.jsonl": "1 source can't be found.\n",
         "--optimisation.optimizer=adamv": "optax has no such optimizer.\n  'adamv'  nearest: adam",
         "--run.mesh=data=64": "64 is 64 devices, there are 1",

@@ -431,7 +431,13 @@ def save_best(folder: Path, params: Tree, task: Task) -> None:
     if task.mesh is not None:
         params = gather(params, task)
     if jax.process_index() == 0:
-        save_adapter(folder / ADAPTER, params, train=task.trained, model=task.loaded.model)
+        try:
+            save_adapter(folder / ADAPTER, params, train=task.trained, model=task.loaded.model)
+        except OSError as error:
+            problem = f"{folder / ADAPTER} can't be written to; what was saved before is there."
+            fix = "make room on the disk or mend it; the same command then goes on from there."
+            reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+            raise OSError(complain("train", problem, [reason], fix)) from error
 
 
 def gather(params: Tree, task: Task) -> Tree:
