@@ -147,13 +147,6 @@ def test_what_can_not_become_a_checkpoint_is_listed_and_nothing_is_written(tmp_p
         save_model(tmp_path / "out", by_hand, by_hand.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
 
 
-def test_a_classifier_over_pooled_means_is_no_transformers_model(tmp_path):
-    make(tmp_path / "base", "bert classes")
-    loaded = load_model(tmp_path / "base", pooling="mean")
-    with pytest.raises(ValueError, match="the classifier reads pooling='mean', transformers' only the pooler"):
-        save_model(tmp_path / "out", loaded.model, loaded.params)
-
-
 def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
     make(tmp_path / "base")
     loaded = load_model(tmp_path / "base")

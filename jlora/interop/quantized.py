@@ -29,7 +29,9 @@ def find_quantization(folder: Path, tensors: Mapping[str, str]) -> str | None:
         folder: of the checkpoint.
         tensors: the dtype of every tensor by its name, as safetensors has them.
     """
-    parts = [name for name, dtype in tensors.items() if dtype in DTYPES or PARTS.fullmatch(name)]
+    # A bias is never quantized: one of a wrong dtype is a misfit, which is reported with all others.
+    narrow = [name for name, dtype in tensors.items() if dtype in DTYPES and not name.endswith("bias")]
+    parts = [*narrow, *filter(PARTS.fullmatch, tensors)]
     if not parts:
         return None
     found = next(filter(None, (read_method(folder / name) for name in FILES)), None)
