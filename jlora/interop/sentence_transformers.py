@@ -8,7 +8,7 @@
 
 Source:
     https://github.com/huggingface/sentence-transformers, modules/pooling.py and modules/dense.py. The names of modules
-    and keys are those that every release since 2.3 reads.
+    and keys are the older ones, as in the folder of all-MiniLM-L6-v2; release 6.2 reads them too.
 """
 
 import json
