@@ -135,7 +135,7 @@ METHODS = {"cached": cached, "wrapped": wrapped, "uncached": uncached, "torch": 
 
 
 def continuation(model: Any, params: Any, prompt: list[list[int]], tokens: int) -> Turn:
-    from jlora.recipes.generate import generate
+    from jlora.models.generate import generate
 
     return lambda: generate(model, params, prompt, max_new_tokens=tokens)[0].tolist()
 
@@ -156,7 +156,7 @@ def make_wide(folder: Path) -> None:
     import jax.numpy as jnp
     from transformers import LlamaConfig
 
-    from jlora.interop.huggingface import save_model
+    from jlora.hf.load import save_model
     from jlora.models.decoder import Decoder, DecoderConfig
     from jlora.models.layers import Origin
 

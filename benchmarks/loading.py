@@ -42,7 +42,7 @@ def write(folder: Path, shard: str, **changes: int) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from jlora.interop.huggingface import save_model, shapes
+    from jlora.hf.load import save_model, shapes
     from jlora.models.decoder import Decoder, DecoderConfig
     from jlora.models.layers import Origin
 

@@ -34,15 +34,15 @@ from safetensors.numpy import save_file
 from tuning import METHODS, RANK, TOKENS, Method, loss_fn, merged, optimizer
 
 from jlora.cli.train import read, rows_of
-from jlora.core.paths import Tree, flatten
-from jlora.core.tree import join
-from jlora.interop.huggingface import load_model
-from jlora.recipes import config as configs
-from jlora.recipes.batches import Row, buckets, make_rows, ordered_batches, training_batches
-from jlora.recipes.readers import Text
-from jlora.recipes.runs import load_base
-from jlora.recipes.tasks import pad_token
+from jlora.data.batches import Row, buckets, make_rows, ordered_batches, training_batches
+from jlora.data.readers import Text
+from jlora.hf.load import load_model
+from jlora.runs import config as configs
+from jlora.runs.folder import load_base
+from jlora.tasks.tasks import pad_token
 from jlora.training.step import TrainState, make_train_step
+from jlora.tree.paths import Tree, flatten
+from jlora.tree.wrapping import join
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared/data"

@@ -26,14 +26,14 @@ from typing import Any, Literal
 import tyro
 
 from jlora.cli.train import read, rows_of, train
-from jlora.core.errors import count
-from jlora.interop.huggingface import MINILM, find_folder
-from jlora.interop.peft import save_peft
-from jlora.recipes import runs
-from jlora.recipes.batches import ordered_batches, training_batches
-from jlora.recipes.config import Adapter, Config, Data, Model, Optimisation, Output
-from jlora.recipes.fit import prepare, schedule
-from jlora.recipes.metrics import entity_scores
+from jlora.data.batches import ordered_batches, training_batches
+from jlora.errors import count
+from jlora.hf.load import MINILM, find_folder
+from jlora.hf.peft import save_peft
+from jlora.runs import folder as runs
+from jlora.runs.config import Adapter, Config, Data, Model, Optimisation, Output
+from jlora.runs.engine import prepare, schedule
+from jlora.tasks.metrics import entity_scores
 
 RESULTS = Path(__file__).parent / "results"
 RANK, ALPHA, EPOCHS, BATCH, RATE, WARMUP = 8, 16.0, 3, 32, 1e-3, 50

@@ -22,10 +22,10 @@ import tyro
 
 import jlora
 from jlora.cli.train import read, rows_of, train
-from jlora.core.errors import count
-from jlora.core.layouts import AFFIXES
-from jlora.core.paths import Tree, flatten
-from jlora.recipes.runs import load_run
+from jlora.errors import count
+from jlora.runs.folder import load_run
+from jlora.tree.layouts import AFFIXES
+from jlora.tree.paths import Tree, flatten
 
 STEM = Path(__file__).parent / "results/resize"
 LIBRARIES = ("jax", "optax", "numpy")

@@ -80,7 +80,7 @@ def minilm() -> Case:
     import optax
 
     import jlora
-    from jlora.interop.huggingface import MINILM
+    from jlora.hf.load import MINILM
 
     loaded = jlora.load_model(MINILM, num_labels=150)
     model = loaded.model
@@ -107,7 +107,7 @@ def starter(loaded: Any) -> Any:
     import jax
 
     import jlora
-    from jlora.core.paths import flatten
+    from jlora.tree.paths import flatten
 
     model = loaded.model
     sizes = {path: min(leaf.shape) for path, leaf in flatten(loaded.params).items() if leaf.ndim == 2}
@@ -126,7 +126,7 @@ def alone(case: Case, rank: int) -> tuple[Any, Any, Any]:
     import optax
 
     import jlora
-    from jlora.recipes.sweep import Member
+    from jlora.runs.sweep import Member
 
     tx = optax.adamw(RATE)
     adapters, base = jlora.split(case.start(Member(rank, RATE, 0)), case.train)
@@ -139,7 +139,7 @@ def together(case: Case, ranks: tuple[int, ...]) -> Any:
     import jax
     import optax
 
-    from jlora.recipes.sweep import Field, Member
+    from jlora.runs.sweep import Field, Member
 
     members = [Member(rank, RATE, 0) for rank in ranks]
     return Field(case.loss_fn, members, case.start, optax.adamw, jax.random.key, case.train, 1, None)

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 
 import jlora
-from jlora.core.layouts import A, B
-from jlora.core.paths import Tree, flatten, map_with_path, partition
 from jlora.models.bert import Bert
 from jlora.models.layers import gelu, split_heads
-from jlora.recipes.config import Optimisation
-from jlora.recipes.fit import named_optimizer
+from jlora.runs.config import Optimisation
+from jlora.runs.engine import named_optimizer
+from jlora.tree.layouts import A, B
+from jlora.tree.paths import Tree, flatten, map_with_path, partition
 
 NOTHING = "(?!)"
 RANK, TOKENS = 8, 20

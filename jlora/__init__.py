@@ -1,64 +1,111 @@
-"""LoRA fine-tuning for JAX and Flax as two pure functions on parameter trees and on the functions that read them."""
+"""LoRA fine-tuning for JAX and Flax as two pure functions: one on parameter trees, one on the functions that read them.
 
-from jlora.core.spectrum import Spectrum, allocate, gradient_norms, resize, spectrum
-from jlora.core.targets import Rule
-from jlora.core.tree import Summary, attach, extract, join, mask, merge, split, summary, unwrap, wrap
-from jlora.interop.huggingface import LoadedModel, load_model, save_model
-from jlora.interop.modules import PeftModule
-from jlora.interop.peft import load_peft, save_peft
-from jlora.recipes.advise import Advice, advise
-from jlora.recipes.generate import generate, stream
-from jlora.recipes.plan import Plan, plan
-from jlora.recipes.sweep import SweepResult, sweep
-from jlora.training.checkpoint import restore_adapter, save_adapter
-from jlora.training.losses import cross_entropy
-from jlora.training.optimizer import optimizer
-from jlora.training.step import TrainState, make_train_step
-from jlora.transform.adapt import adapt
-from jlora.transform.infer import infer_layout
-from jlora.transform.registry import register_rule
+`import jlora` imports nothing beyond the standard library; every public name is imported at its first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jlora.adapters.spectrum import Spectrum, allocate, gradient_norms, resize, spectrum
+    from jlora.errors import JloraError
+    from jlora.hf.load import LoadedModel, load_model, save_model
+    from jlora.hf.modules import PeftModule
+    from jlora.hf.peft import load_peft, save_peft
+    from jlora.models.generate import generate, stream
+    from jlora.runs.advise import Advice, advise
+    from jlora.runs.plan import Plan, plan
+    from jlora.runs.sweep import SweepResult, sweep
+    from jlora.training.checkpoint import restore_adapter, save_adapter
+    from jlora.training.losses import cross_entropy
+    from jlora.training.optimizer import optimizer
+    from jlora.training.step import TrainState, make_train_step
+    from jlora.transform.adapt import adapt
+    from jlora.transform.infer import infer_layout
+    from jlora.transform.registry import register_rule
+    from jlora.tree.targets import Rule
+    from jlora.tree.wrapping import Summary, attach, extract, join, mask, merge, split, summary, unwrap, wrap
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Advice",
-    "LoadedModel",
-    "PeftModule",
-    "Plan",
-    "Rule",
-    "Spectrum",
-    "Summary",
-    "SweepResult",
-    "TrainState",
-    "__version__",
-    "adapt",
-    "advise",
-    "allocate",
-    "attach",
-    "cross_entropy",
-    "extract",
-    "generate",
-    "gradient_norms",
-    "infer_layout",
-    "join",
-    "load_model",
-    "load_peft",
-    "make_train_step",
-    "mask",
-    "merge",
-    "optimizer",
-    "plan",
-    "register_rule",
-    "resize",
-    "restore_adapter",
-    "save_adapter",
-    "save_model",
-    "save_peft",
-    "spectrum",
-    "split",
-    "stream",
-    "summary",
-    "sweep",
-    "unwrap",
-    "wrap",
-]
+# Where each public name is defined.
+HOMES = {
+    "Advice": "runs.advise",
+    "JloraError": "errors",
+    "LoadedModel": "hf.load",
+    "PeftModule": "hf.modules",
+    "Plan": "runs.plan",
+    "Rule": "tree.targets",
+    "Spectrum": "adapters.spectrum",
+    "Summary": "tree.wrapping",
+    "SweepResult": "runs.sweep",
+    "TrainState": "training.step",
+    "adapt": "transform.adapt",
+    "advise": "runs.advise",
+    "allocate": "adapters.spectrum",
+    "attach": "tree.wrapping",
+    "cross_entropy": "training.losses",
+    "extract": "tree.wrapping",
+    "generate": "models.generate",
+    "gradient_norms": "adapters.spectrum",
+    "infer_layout": "transform.infer",
+    "join": "tree.wrapping",
+    "load_model": "hf.load",
+    "load_peft": "hf.peft",
+    "make_train_step": "training.step",
+    "mask": "tree.wrapping",
+    "merge": "tree.wrapping",
+    "optimizer": "training.optimizer",
+    "plan": "runs.plan",
+    "register_rule": "transform.registry",
+    "resize": "adapters.spectrum",
+    "restore_adapter": "training.checkpoint",
+    "save_adapter": "training.checkpoint",
+    "save_model": "hf.load",
+    "save_peft": "hf.peft",
+    "spectrum": "adapters.spectrum",
+    "split": "tree.wrapping",
+    "stream": "models.generate",
+    "summary": "tree.wrapping",
+    "sweep": "runs.sweep",
+    "unwrap": "tree.wrapping",
+    "wrap": "tree.wrapping",
+}
+__all__ = sorted(HOMES)
+# The extra that installs each package which is not a base dependency.
+EXTRAS = {
+    "grain": "cli",
+    "huggingface_hub": "hf",
+    "jinja2": "hf",
+    "matplotlib": "cli",
+    "pyarrow": "cli",
+    "regex": "hf",
+    "rich": "cli",
+    "safetensors": "hf",
+    "tensorboardX": "cli",
+    "tokenizers": "hf",
+    "transformers": "hf",
+    "tyro": "cli",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+    try:
+        value = getattr(importlib.import_module(f"jlora.{HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        from jlora.errors import JloraImportError
+
+        extra = EXTRAS[package]
+        fix = f'install the extra: python -m pip install "jlora[{extra}]".'
+        raise JloraImportError(f"jlora.{name}", f"the package {package} is not installed.", [], fix) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})

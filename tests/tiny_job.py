@@ -19,8 +19,8 @@ from tokenizers.pre_tokenizers import BertPreTokenizer, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from jlora.interop.families import FAMILIES, weights
-from jlora.interop.huggingface import load_model
+from jlora.hf.families import FAMILIES, weights
+from jlora.hf.load import load_model
 
 TOPICS = {
     "delivery": ["parcel", "courier", "shipping", "delivered"],

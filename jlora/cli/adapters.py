@@ -11,15 +11,15 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jlora.core.errors import complain
-from jlora.core.paths import Tree, map_with_path
-from jlora.core.tree import adapter_leaf
-from jlora.core.tree import merge as fold
-from jlora.interop.huggingface import save_model
-from jlora.interop.peft import save_peft
-from jlora.interop.tokenizer import save_tokenizer
-from jlora.recipes.inspection import Description, Target, describe_adapter, load_adapted
-from jlora.recipes.runs import SPECTRUM
+from jlora.errors import JloraFileExistsError, JloraNotADirectoryError
+from jlora.hf.load import save_model
+from jlora.hf.peft import save_peft
+from jlora.hf.tokenizer import save_tokenizer
+from jlora.runs.folder import SPECTRUM
+from jlora.runs.inspection import Description, Target, describe_adapter, load_adapted
+from jlora.tree.paths import Tree, map_with_path
+from jlora.tree.wrapping import adapter_leaf
+from jlora.tree.wrapping import merge as fold
 
 
 def inspect(
@@ -171,11 +171,11 @@ def check_out(who: str, out: Path, overwrite: bool) -> None:
         FileExistsError: it holds files.
     """
     if out.exists() and not out.is_dir():
-        raise NotADirectoryError(complain(who, f"{out} is a file, not a folder.", [], "choose another --out."))
+        raise JloraNotADirectoryError(who, f"{out} is a file, not a folder.", [], "choose another --out.")
     there = sorted(path.name for path in out.iterdir()) if out.exists() else []
     if there and not overwrite:
         fix = "choose another --out, or pass --overwrite."
-        raise FileExistsError(complain(who, f"{out} is not empty.", there[:5], fix))
+        raise JloraFileExistsError(who, f"{out} is not empty.", there[:5], fix)
 
 
 def cast(params: Tree, dtype: Any) -> Tree:

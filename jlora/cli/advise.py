@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jlora.cli.train import read
-from jlora.core.errors import complain
-from jlora.interop.huggingface import LoadedModel, load_model
-from jlora.recipes import config as configs
-from jlora.recipes.advise import advise
+from jlora.errors import JloraValueError
+from jlora.hf.load import LoadedModel, load_model
+from jlora.runs import config as configs
+from jlora.runs.advise import advise
 
 
 def show(
@@ -49,7 +49,7 @@ def show(
         settings = {"targets": job.adapter.targets} | (step_of(job) if memory is not None else {})
     missing = [f"--{name}" for name, value in {"task": task, "examples": examples}.items() if value is None]
     if missing:
-        raise ValueError(complain("advise", "too little is known.", missing, "give them, or a job with --config."))
+        raise JloraValueError("advise", "too little is known.", missing, "give them, or a job with --config.")
     assert task is not None and examples is not None
     found = advise(task, examples=examples, difficulty=difficulty, model=base, memory=memory, **settings)
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)

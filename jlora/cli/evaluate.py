@@ -7,16 +7,16 @@ from typing import get_args
 from jlora.cli.show import result_table
 from jlora.cli.streams import Terminal, json_line
 from jlora.cli.train import fields_of, print_truncation, rows_of
-from jlora.core.errors import complain
-from jlora.core.tree import merge
-from jlora.interop.huggingface import load_model
-from jlora.recipes import config as configs
-from jlora.recipes.batches import check_targets
-from jlora.recipes.config import TaskName
-from jlora.recipes.inspection import stored_dtype
-from jlora.recipes.readers import read_corpus
-from jlora.recipes.runs import CONFIG, Run, load_run
-from jlora.recipes.tasks import TASKS, Classes
+from jlora.data.batches import check_targets
+from jlora.data.readers import read_corpus
+from jlora.errors import JloraValueError
+from jlora.hf.load import load_model
+from jlora.runs import config as configs
+from jlora.runs.config import TaskName
+from jlora.runs.folder import CONFIG, Run, load_run, make_task
+from jlora.runs.inspection import stored_dtype
+from jlora.tasks.tasks import TASKS, Classes
+from jlora.tree.wrapping import merge
 
 
 def evaluate(
@@ -45,13 +45,13 @@ def evaluate(
         given = [name for name, value in options.items() if value is not None]
         if given and (folder / CONFIG).is_file():
             problem = f"{folder} is a run, which has its own task and max_length."
-            raise ValueError(complain("eval", problem, given, "leave these options out."))
+            raise JloraValueError("eval", problem, given, "leave these options out.")
         run = load_run(folder, model=model)
         params = merge(run.params)
     source = data or run.config.data.test
     if source is None:
         problem = f"{folder} was trained without a test file."
-        raise ValueError(complain("eval", problem, [], "name one: jlora eval FOLDER --data FILE."))
+        raise JloraValueError("eval", problem, [], "name one: jlora eval FOLDER --data FILE.")
     corpus = read_corpus(
         {"test": source},
         run.config.data.task,
@@ -94,7 +94,7 @@ def load_merged(
     wrong += ["--model names the base of a run, and a merged model has none"] if model is not None else []
     if wrong:
         fix = "evaluate as in: jlora eval FOLDER --task causal_lm --data FILE."
-        raise ValueError(complain("eval", f"{folder} holds a merged model.", wrong, fix))
+        raise JloraValueError("eval", f"{folder} holds a merged model.", wrong, fix)
     assert task is not None and data is not None
     config = configs.parse(
         {
@@ -108,14 +108,14 @@ def load_merged(
     loaded = load_model(folder, dtype=config.model.dtype, head=TASKS[task].head)
     if loaded.tokenizer is None:
         fix = "merge again with the base's tokenizer beside it."
-        raise ValueError(complain("eval", f"{folder} has no tokenizer.", [], fix))
+        raise JloraValueError("eval", f"{folder} has no tokenizer.", [], fix)
     most = loaded.config.max_position_embeddings
     if max_length is None:
         config = replace(config, data=replace(config.data, max_length=min(config.data.max_length, most)))
     elif max_length > most:
         problem = f"--max-length is {max_length}, the model reads {most} tokens."
-        raise ValueError(complain("eval", problem, [], f"set it to {most} or less."))
+        raise JloraValueError("eval", problem, [], f"set it to {most} or less.")
     labels = (
         tuple(label for _, label in sorted(loaded.config.id2label.items())) if issubclass(TASKS[task], Classes) else ()
     )
-    return Run(task=TASKS[task](config, loaded, labels), params=loaded.params, answers={}, config=config)
+    return Run(task=make_task(config, loaded, labels), params=loaded.params, answers={}, config=config)

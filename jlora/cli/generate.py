@@ -8,19 +8,19 @@ from typing import Any
 import jax
 
 from jlora.cli.streams import decode_arguments, read_input
-from jlora.core.errors import complain
-from jlora.core.paths import Tree
-from jlora.core.tree import merge
-from jlora.interop.chat import stop_tokens
-from jlora.interop.huggingface import LoadedModel, load_model
-from jlora.interop.peft import load_peft
-from jlora.interop.peft_files import advise
-from jlora.interop.tokenizer import use_tokenizer
-from jlora.recipes.batches import prompt_ids
-from jlora.recipes.generate import stream, unusable_seed, unusable_settings
-from jlora.recipes.readers import Message
-from jlora.recipes.runs import ADAPTER, TOKENIZER
+from jlora.data.batches import prompt_ids
+from jlora.data.readers import Message
+from jlora.errors import JloraValueError
+from jlora.hf.chat import stop_tokens
+from jlora.hf.load import LoadedModel, load_model
+from jlora.hf.peft import load_peft
+from jlora.hf.peft_files import advise
+from jlora.hf.tokenizer import use_tokenizer
+from jlora.models.generate import stream, unusable_seed, unusable_settings
+from jlora.runs.folder import ADAPTER, TOKENIZER
 from jlora.training.checkpoint import restore_adapter
+from jlora.tree.paths import Tree
+from jlora.tree.wrapping import merge
 
 LOST = "\N{REPLACEMENT CHARACTER}"
 
@@ -66,7 +66,7 @@ def generate(
     wrong += ["--merge has nothing to fold  expected: --adapter FOLDER too"] if merged and adapter is None else []
     if wrong:
         fix = 'ask as in: jlora generate MODEL "Once upon a time" --temperature 0.8.'
-        raise ValueError(complain("generate", "nothing can be generated.", wrong, fix))
+        raise JloraValueError("generate", "nothing can be generated.", wrong, fix)
     texts = decode_arguments("generate", prompts) or [read_input("generate").removesuffix("\n")]
     loaded = load_model(name, dtype=dtype, untie=untie, vocab_size=vocab_size)
     if adapter is not None:
@@ -74,7 +74,7 @@ def generate(
         loaded = use_tokenizer(use_tokenizer(loaded, adapter), adapter / TOKENIZER)
     if loaded.tokenizer is None:
         fix = "add the tokenizer's files to the model's folder."
-        raise ValueError(complain("generate", f"{name} has no tokenizer.", [], fix))
+        raise JloraValueError("generate", f"{name} has no tokenizer.", [], fix)
     rows = [tokenise(loaded.tokenizer, text, chat=chat) for text in texts]
     stops = stop_tokens(loaded, chat=chat)
     params = loaded.params if adapter is None else load_adapter(adapter, loaded)
@@ -116,7 +116,7 @@ def tokenise(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
         return list(tokenizer(text)["input_ids"])
     if not tokenizer.chat_template:
         fix = "leave --chat out, or take a model that was trained to chat."
-        raise ValueError(complain("generate", "the tokenizer has no chat template.", [], fix))
+        raise JloraValueError("generate", "the tokenizer has no chat template.", [], fix)
     return prompt_ids(tokenizer, [Message(role="user", content=text)])
 
 
@@ -133,10 +133,10 @@ def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:
         return load_peft(folder, loaded.model, loaded.params)
     if advice := advise(folder):
         problem, fix = advice
-        raise ValueError(complain("generate", problem, [], fix))
+        raise JloraValueError("generate", problem, [], fix)
     offenders = ["neither adapter.json (jlora) nor adapter_config.json (PEFT) is there"]
     fix = "name the folder that `jlora train`, save_adapter or save_peft wrote."
-    raise ValueError(complain("generate", f"{folder} holds no adapter.", offenders, fix))
+    raise JloraValueError("generate", f"{folder} holds no adapter.", offenders, fix)
 
 
 def pieces(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

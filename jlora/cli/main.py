@@ -15,10 +15,10 @@ import tyro
 
 import jlora
 from jlora.cli.streams import describe_error, discard_output, flush_output, prepare_streams, report
-from jlora.core.errors import complain
-from jlora.recipes import config as configs
-from jlora.recipes.config import Config, Sampling, TaskName
-from jlora.recipes.plan import Settings
+from jlora.errors import JloraError, JloraValueError
+from jlora.runs import config as configs
+from jlora.runs.config import Config, Sampling, TaskName
+from jlora.runs.plan import Settings
 
 DESCRIPTION = "LoRA fine-tuning for JAX and Flax. `jlora --version` prints the version."
 DONE, FAULT, MISTAKE, SIGNALLED, STOPPED = 0, 1, 2, 128, 130
@@ -409,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAULT if message is None else MISTAKE
     except Exception as error:
         # Only an error waits for this import.
-        from jlora.recipes.fit import Stopped
+        from jlora.runs.engine import Stopped
 
         stopped = isinstance(error, Stopped)
         report(f"jlora: {error}" if stopped else traceback.format_exc())
@@ -429,9 +429,9 @@ def run(argv: list[str]) -> None:
 
 def message_of(error: Exception) -> str | None:
     """The message for an error that the user can fix; None for a fault of jlora."""
-    if "\nFix: " in str(error):
-        return str(error)
-    return describe_error(error) if isinstance(error, OSError | UnicodeError) else None
+    if isinstance(error, OSError | UnicodeError) and not isinstance(error, JloraError):
+        error = describe_error(error)
+    return str(error) if isinstance(error, JloraError) else None
 
 
 def parse(argv: list[str]) -> Any:
@@ -453,7 +453,7 @@ def parse(argv: list[str]) -> Any:
         if argv[:1] == [name] and not {"-h", "--help"} & set(argv[1:2]):
             if len(argv) == 1 or argv[1].startswith("-"):
                 fix = f"name it first: jlora {name} CONFIG.toml [--flag value ...]."
-                raise ValueError(complain(f"jlora {name}", "no config file was given.", [], fix))
+                raise JloraValueError(f"jlora {name}", "no config file was given.", [], fix)
             path = Path(argv[1])
             found = tyro.conf.subcommand(name, default=command(path, configs.read(path)))
         commands = Annotated[command, found] if commands is None else commands | Annotated[command, found]

@@ -2,7 +2,7 @@
 
 import json
 
-from jlora.recipes.plan import Settings, plan
+from jlora.runs.plan import Settings, plan
 
 
 def show(model: str, settings: Settings, *, memory: str | None, as_json: bool) -> None:

@@ -13,18 +13,27 @@ import numpy as np
 from jaxtyping import Float
 
 from jlora.cli.streams import decode_arguments, json_line, read_input
-from jlora.core.errors import complain, count, quoted
-from jlora.core.paths import Tree
-from jlora.core.tree import merge
-from jlora.interop.chat import stop_tokens
-from jlora.recipes import config as configs
-from jlora.recipes.batches import Row, make_rows, prompt_ids, tokenise
-from jlora.recipes.config import Data, Sampling
-from jlora.recipes.generate import generate, unusable_seed, unusable_settings
-from jlora.recipes.metrics import entities
-from jlora.recipes.readers import Message, Tagged, _messages, _question, shown
-from jlora.recipes.runs import CONFIG, Run, load_run
-from jlora.recipes.tasks import Entities, Language, log_softmax, pad_token
+from jlora.data.batches import Row, make_rows, prompt_ids, tokenise
+from jlora.data.readers import Message, Tagged, _messages, _question, shown
+from jlora.data.tags import entities
+from jlora.errors import (
+    JloraFileExistsError,
+    JloraFileNotFoundError,
+    JloraIsADirectoryError,
+    JloraOSError,
+    JloraPermissionError,
+    JloraValueError,
+    count,
+    quoted,
+)
+from jlora.hf.chat import stop_tokens
+from jlora.models.generate import generate, unusable_seed, unusable_settings
+from jlora.runs import config as configs
+from jlora.runs.config import Data, Sampling
+from jlora.runs.folder import CONFIG, Run, load_run
+from jlora.tasks.tasks import Entities, Language, log_softmax, pad_token
+from jlora.tree.paths import Tree
+from jlora.tree.wrapping import merge
 
 Question = str | list[Message]
 
@@ -69,7 +78,7 @@ def predict(
     wrong += unusable_seed(sampling.seed)
     if wrong:
         fix = 'ask as in: jlora predict FOLDER "where is my parcel?" --top 3.'
-        raise ValueError(complain("predict", "nothing can be answered.", wrong, fix))
+        raise JloraValueError("predict", "nothing can be answered.", wrong, fix)
     if output is not None:
         check_output(output, overwrite)
     # Before the model is loaded; a folder without a config is refused by load_run.
@@ -95,13 +104,13 @@ def check_output(path: Path, overwrite: bool) -> None:
     """
     fix = "choose another --output."
     if path.is_dir():
-        raise IsADirectoryError(complain("predict", f"{path} is a folder, not a file.", [], fix))
+        raise JloraIsADirectoryError("predict", f"{path} is a folder, not a file.", [], fix)
     if path.exists() and not overwrite:
-        raise FileExistsError(complain("predict", f"{path} exists.", [], f"{fix[:-1]}, or pass --overwrite."))
+        raise JloraFileExistsError("predict", f"{path} exists.", [], f"{fix[:-1]}, or pass --overwrite.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(complain("predict", f"{path.parent} is not a folder.", [], f"make it, or {fix}"))
+        raise JloraFileNotFoundError("predict", f"{path.parent} is not a folder.", [], f"make it, or {fix}")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(complain("predict", f"{path.parent} can't be written to.", [], fix))
+        raise JloraPermissionError("predict", f"{path.parent} can't be written to.", [], fix)
 
 
 def check_sampling(run: Run, sampling: Sampling) -> None:
@@ -115,7 +124,7 @@ def check_sampling(run: Run, sampling: Sampling) -> None:
     if given and not isinstance(run.task, Language):
         offenders = [f"--{name.replace('_', '-')} is for language models" for name in given]
         problem = f"the run's task is {run.config.data.task}: it generates no text."
-        raise ValueError(complain("predict", problem, offenders, "leave the options out."))
+        raise JloraValueError("predict", problem, offenders, "leave the options out.")
 
 
 def read_questions(source: Path, data: Data) -> list[Question]:
@@ -130,10 +139,10 @@ def read_questions(source: Path, data: Data) -> list[Question]:
         lines = source.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         problem = f"{source} is not UTF-8: byte {error.start}."
-        raise ValueError(complain("predict", problem, [], "convert it, as with iconv -t utf-8.")) from None
+        raise JloraValueError("predict", problem, [], "convert it, as with iconv -t utf-8.") from None
     except OSError as error:
         problem = f"{source} can't be read: {error.strerror}."
-        raise OSError(complain("predict", problem, [], "pass a file that you may read.")) from None
+        raise JloraOSError("predict", problem, [], "pass a file that you may read.") from None
     found: list[Question] = []
     wrong = []
     for n, line in enumerate(lines, 1):
@@ -146,9 +155,9 @@ def read_questions(source: Path, data: Data) -> list[Question]:
                 wrong.append(f"{source}:{n}  JSON that is nested too deeply")
     if wrong:
         problem = f"{count(len(wrong), 'line')} of {source} can't be used."
-        raise ValueError(complain("predict", problem, shown(wrong), fix))
+        raise JloraValueError("predict", problem, shown(wrong), fix)
     if not found:
-        raise ValueError(complain("predict", f"{source} holds no question.", [], fix))
+        raise JloraValueError("predict", f"{source} holds no question.", [], fix)
     return found
 
 

@@ -12,8 +12,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jlora.recipes.plan import readable
-from jlora.recipes.runs import write_whole
+from jlora.runs.folder import write_whole
+from jlora.runs.plan import readable
 
 PAGE, PICTURE = "report.html", "report.png"
 SMOOTHED = 50  # points of a training curve; each is a mean over the steps it stands for

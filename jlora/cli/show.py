@@ -16,10 +16,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jlora.recipes import config as configs
-from jlora.recipes.config import Config
-from jlora.recipes.curves import rising, stalled
-from jlora.recipes.fit import Evaluation, Step, nulled
+from jlora.runs import config as configs
+from jlora.runs.config import Config
+from jlora.runs.curves import rising, stalled
+from jlora.runs.engine import Evaluation, Step, nulled
 
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
 QUESTION = "where is my parcel?"
@@ -197,7 +197,7 @@ def model_card(config: Config, result: Mapping[str, Any]) -> str:
 ```python
 import jlora
 from jlora.cli.predict import answers
-from jlora.recipes.runs import load_run
+from jlora.runs.folder import load_run
 
 run = load_run({folder!r})  # base, adapter and tokenizer
 params = jlora.merge(run.params)  # inference then costs what it costs with the base alone

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from jlora.core.errors import complain
+from jlora.errors import JloraError, JloraOSError, JloraValueError
 
 UTF8 = "set PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8."
 
@@ -89,7 +89,7 @@ def read_input(who: str) -> str:
         return buffer.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         problem = f"the standard input is not UTF-8: byte {error.start}."
-        raise ValueError(complain(who, problem, [], "convert it, as with iconv -t utf-8.")) from None
+        raise JloraValueError(who, problem, [], "convert it, as with iconv -t utf-8.") from None
 
 
 def decode_arguments(who: str, texts: Sequence[str]) -> list[str]:
@@ -106,7 +106,7 @@ def decode_arguments(who: str, texts: Sequence[str]) -> list[str]:
         except UnicodeError:
             wrong.append(f"text {n}: {text!a}")
     if wrong:
-        raise ValueError(complain(who, "the command line is not UTF-8.", wrong, UTF8))
+        raise JloraValueError(who, "the command line is not UTF-8.", wrong, UTF8)
     return decoded
 
 
@@ -119,17 +119,17 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def describe_error(error: OSError | UnicodeError) -> str:
-    """One message for what the system or the locale refuses, where the code at hand has none."""
+def describe_error(error: OSError | UnicodeError) -> JloraError:
+    """The error in jlora's form, for what the system or the locale refuses where the code at hand has none."""
     if isinstance(error, UnicodeEncodeError):
         characters = ascii(error.object[error.start : error.end])
         problem = f"the locale's encoding {error.encoding} can't express {characters}."
-        return complain("jlora", problem, [ascii(error.object)[:200]], UTF8)
+        return JloraValueError("jlora", problem, [ascii(error.object)[:200]], UTF8)
     if isinstance(error, UnicodeDecodeError):
         problem = f"bytes that are not {error.encoding}: {error.object[error.start : error.end]!r}."
-        return complain("jlora", problem, [], "fetch the file again, or convert it to UTF-8.")
+        return JloraValueError("jlora", problem, [], "fetch the file again, or convert it to UTF-8.")
     if isinstance(error, UnicodeError):
-        return complain("jlora", f"{error}.", [], UTF8)
+        return JloraValueError("jlora", f"{error}.", [], UTF8)
     reason = error.strerror or str(error) or type(error).__name__
     name = "" if error.filename is None else f"{error.filename}: "
-    return complain("jlora", f"{name}{reason}.", [], "check the path, its permissions and the disk's free space.")
+    return JloraOSError("jlora", f"{name}{reason}.", [], "check the path, its permissions and the disk's free space.")

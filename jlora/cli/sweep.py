@@ -27,21 +27,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jlora.cli.report import PAGE, PICTURE, write_report
 from jlora.cli.streams import Terminal
 from jlora.cli.train import peak_memory, print_format, print_truncation, read, read_as, rows_of
-from jlora.core.errors import complain, nearest
-from jlora.core.layouts import max_rank
-from jlora.core.paths import Path as Slashes
-from jlora.core.paths import Tree, flatten
-from jlora.core.targets import matcher
-from jlora.core.tree import kernels, split
-from jlora.interop.huggingface import LoadedModel, shapes
-from jlora.recipes import runs
-from jlora.recipes.batches import Row, check_targets
-from jlora.recipes.config import Config, Range
-from jlora.recipes.fit import Job, check_training, make_optimizer, prepare
-from jlora.recipes.readers import Corpus
-from jlora.recipes.sweep import Judged, Member, Progressed, SweepResult
-from jlora.recipes.sweep import sweep as search
-from jlora.recipes.tasks import TASKS, Task
+from jlora.data.batches import Row, check_targets
+from jlora.data.readers import Corpus
+from jlora.errors import JloraFileExistsError, JloraValueError, nearest
+from jlora.hf.load import LoadedModel, shapes
+from jlora.runs import folder as runs
+from jlora.runs.config import Config, Range
+from jlora.runs.engine import Job, check_training, make_optimizer, prepare
+from jlora.runs.sweep import Judged, Member, Progressed, SweepResult
+from jlora.runs.sweep import sweep as search
+from jlora.tasks.tasks import TASKS, Task
+from jlora.tree.layouts import max_rank
+from jlora.tree.paths import Path as Slashes
+from jlora.tree.paths import Tree, flatten
+from jlora.tree.targets import matcher
+from jlora.tree.wrapping import kernels, split
 
 MEMBERS, NUMBERS = "members", "sweep.json"
 FILES = (MEMBERS, NUMBERS, PAGE, PICTURE)
@@ -117,7 +117,7 @@ def sweep_locked(
     corpus = read(config)
     loaded = runs.load_base(config, corpus.labels)
     print_format(console, config, loaded)
-    task = TASKS[config.data.task](config, loaded, corpus.labels)
+    task = runs.make_task(config, loaded, corpus.labels)
     console.print(read_as(corpus), highlight=False, markup=False, soft_wrap=True)
     splits = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in ("train", "validation")}
     print_truncation(console, config.data, splits)
@@ -193,7 +193,7 @@ def numbers(name: str, text: str | None, kind: Callable[[str], Any], own: Any, l
     if wrong:
         what = "whole numbers" if kind is int else "numbers"
         fix = f"give {what} with commas between them, as in --{name} {'4,8,16' if kind is int else '1e-3,2e-3'}."
-        raise ValueError(complain("sweep", f"--{name} {text!r} holds what are no {what}.", wrong, fix))
+        raise JloraValueError("sweep", f"--{name} {text!r} holds what are no {what}.", wrong, fix)
     return found
 
 
@@ -209,7 +209,7 @@ def check_metric(config: Config, metric: str | None) -> str:
     known = ("loss", *task.metrics)
     if metric not in known:
         offenders = [f"{metric!r}  there are: {', '.join(known)}; nearest: {nearest(metric, known, 1)[0]}"]
-        raise ValueError(complain("sweep", f"{config.data.task} has no such metric.", offenders, "name one it has."))
+        raise JloraValueError("sweep", f"{config.data.task} has no such metric.", offenders, "name one it has.")
     return metric
 
 
@@ -222,26 +222,24 @@ def check_folder(config: Config, out: Path, overwrite: bool) -> None:
     """
     if config.adapter.from_ is not None:
         problem = f"a sweep draws new adapters of every rank, and adapter.from = {str(config.adapter.from_)!r}."
-        raise ValueError(complain("sweep", problem, [], "leave adapter.from out."))
+        raise JloraValueError("sweep", problem, [], "leave adapter.from out.")
     if config.run.mesh is not None or jax.process_count() > 1:
         fix = "leave run.mesh out, or train the ranks one by one."
-        raise ValueError(
-            complain(
-                "sweep",
-                "a sweep runs on one device.",
-                [f"run.mesh = {config.run.mesh!r}, processes: {jax.process_count()}"],
-                fix,
-            )
+        raise JloraValueError(
+            "sweep",
+            "a sweep runs on one device.",
+            [f"run.mesh = {config.run.mesh!r}, processes: {jax.process_count()}"],
+            fix,
         )
     if config.data.validation is False:
         problem = "a sweep compares its members on validation data, and data.validation = false."
-        raise ValueError(complain("sweep", problem, [], "name a file, or leave data.validation out to hold some out."))
+        raise JloraValueError("sweep", problem, [], "name a file, or leave data.validation out to hold some out.")
     runs.check_writable("sweep", out, "--out")
     there = sorted(path.name for path in out.iterdir() if path.name != runs.LOCK) if out.exists() else []
     foreign = [name for name in there if name.removesuffix(".tmp") not in FILES]
     if foreign or (there and not overwrite):
         fix = "choose another --out" + ("." if foreign else ", or pass --overwrite.")
-        raise FileExistsError(complain("sweep", f"{out} is not empty.", (foreign or there)[:5], fix))
+        raise JloraFileExistsError("sweep", f"{out} is not empty.", (foreign or there)[:5], fix)
 
 
 def job_of(config: Config, task: Task, rows: Mapping[str, Sequence[Row]], seed: int) -> Job:

@@ -23,15 +23,16 @@ from jlora.cli import show
 from jlora.cli.predict import answers
 from jlora.cli.show import Monitor, learning_curve, megabytes, result_table
 from jlora.cli.streams import Terminal
-from jlora.core.errors import count
-from jlora.core.tree import Summary, merge, summary
-from jlora.interop.chat import describe_format
-from jlora.interop.huggingface import LoadedModel, find_folder
-from jlora.recipes import runs
-from jlora.recipes.agreement import coarsest_dtype, compare
-from jlora.recipes.batches import Row, Rows, balance_classes, check_targets, make_rows, pack
-from jlora.recipes.config import Config, Data
-from jlora.recipes.fit import (
+from jlora.data.batches import Row, Rows, balance_classes, check_targets, make_rows, pack
+from jlora.data.holdout import hold_out
+from jlora.data.readers import Corpus, read_corpus
+from jlora.errors import count
+from jlora.hf.chat import describe_format
+from jlora.hf.load import LoadedModel, find_folder
+from jlora.runs import folder as runs
+from jlora.runs.agreement import coarsest_dtype, compare
+from jlora.runs.config import Config, Data
+from jlora.runs.engine import (
     Compiled,
     Evaluation,
     Job,
@@ -43,11 +44,10 @@ from jlora.recipes.fit import (
     fit,
     nulled,
 )
-from jlora.recipes.holdout import hold_out
-from jlora.recipes.readers import Corpus, read_corpus
-from jlora.recipes.runs import Run
-from jlora.recipes.start import start_adapter
-from jlora.recipes.tasks import TASKS, Classes, Scores
+from jlora.runs.folder import Run
+from jlora.runs.start import start_adapter
+from jlora.tasks.tasks import Classes, Scores
+from jlora.tree.wrapping import Summary, merge, summary
 
 # Rows of the training data that a run without other data is measured on.
 MOST_MEASURED = 1000
@@ -181,7 +181,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console, lock: runs.Folder
     data = config.data
     corpus = read(config)
     loaded = runs.place_base(runs.load_base(config, corpus.labels), mesh)
-    task = TASKS[data.task](config, loaded, corpus.labels, mesh)
+    task = runs.make_task(config, loaded, corpus.labels, mesh)
     started = start_adapter(config, loaded, task.trained, corpus.labels)
     params = runs.place_params(started, loaded.model, mesh)
     counts = summary(params, task.trained)

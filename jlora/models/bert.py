@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jlora.core.errors import complain
+from jlora.errors import JloraValueError
 from jlora.models.layers import (
     ACTIVATIONS,
     Origin,
@@ -84,7 +84,7 @@ class BertConfig:
             offenders.append(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
         if offenders:
             problem = "values that make no BERT."
-            raise ValueError(complain("BertConfig", problem, offenders, "correct the config."))
+            raise JloraValueError("BertConfig", problem, offenders, "correct the config.")
 
     @classmethod
     def from_hf(cls, config: Any, **switches: Any) -> "BertConfig":
@@ -105,7 +105,7 @@ class BertConfig:
         ]
         if offenders:
             problem, fix = "the config asks for another model.", "use a checkpoint of a plain BERT encoder."
-            raise ValueError(complain("BertConfig", problem, offenders, fix))
+            raise JloraValueError("BertConfig", problem, offenders, fix)
         names = [field.name for field in fields(cls) if field.name not in SWITCHES]
         return cls(**{name: getattr(config, name) for name in names}, **switches)
 
@@ -158,7 +158,7 @@ class Embeddings(nn.Module):
         time, positions = input_ids.shape[1], self.config.max_position_embeddings
         if time > positions:
             problem = f"{time} tokens, but there are positions for {positions}."
-            raise ValueError(complain("Bert", problem, (), "truncate the input."))
+            raise JloraValueError("Bert", problem, (), "truncate the input.")
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         word, position = self.word_embeddings(input_ids), self.position_embeddings(jnp.arange(time))
         return self.LayerNorm(word + self.token_type_embeddings(types) + position)

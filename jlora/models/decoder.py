@@ -23,7 +23,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlora.core.errors import complain, count
+from jlora.errors import JloraValueError, count
 from jlora.models.layers import (
     ACTIVATIONS,
     Cache,
@@ -173,7 +173,7 @@ class DecoderConfig:
             wrong.append(f"{len(self.sliding_layers)} sliding_layers for {self.num_layers} layers")
         if wrong:
             problem = f"{count(len(wrong), 'size')} {'does' if len(wrong) == 1 else 'do'} not fit."
-            raise ValueError(complain("DecoderConfig", problem, wrong, "correct them, or pass head_dim."))
+            raise JloraValueError("DecoderConfig", problem, wrong, "correct them, or pass head_dim.")
 
     @classmethod
     def from_hf(cls, config: Any, **switches: Any) -> DecoderConfig:
@@ -201,7 +201,7 @@ class DecoderConfig:
             offenders.append("is_causal is false: only causal attention is computed here")
         if offenders:
             problem, fix = "the config asks for another model.", "take a checkpoint without them."
-            raise ValueError(complain("DecoderConfig", problem, offenders, fix))
+            raise JloraValueError("DecoderConfig", problem, offenders, fix)
         rope, local = (make_rope(ropes.get(name)) for name in ("full_attention", "sliding_attention"))
         bias = getattr(config, "attention_bias", False)
         window = getattr(config, "sliding_window", None)
@@ -476,7 +476,7 @@ class Decoder(nn.Module):
         config = self.config
         if not config.causal:
             fix = "use its hidden states, or a causal model to generate."
-            raise ValueError(complain("Decoder", "attention in both directions needs no cache.", (), fix))
+            raise JloraValueError("Decoder", "attention in both directions needs no cache.", (), fix)
         sizes = {"layers": config.num_layers, "heads": config.kv_heads, "width": config.head_width}
         return Cache.empty(batch, length, **sizes, dtype=config.dtype, scan=config.scan)
 

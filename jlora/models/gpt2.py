@@ -18,7 +18,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlora.core.errors import complain
+from jlora.errors import JloraValueError
 from jlora.models.layers import (
     ACTIVATIONS,
     Cache,
@@ -88,7 +88,7 @@ class Gpt2Config:
         if self.hidden_size % self.num_heads:
             offenders.append(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
         if offenders:
-            raise ValueError(complain("Gpt2Config", "values that make no GPT-2.", offenders, "correct the config."))
+            raise JloraValueError("Gpt2Config", "values that make no GPT-2.", offenders, "correct the config.")
 
     @classmethod
     def from_hf(cls, config: Any, **switches: Any) -> Gpt2Config:
@@ -112,7 +112,7 @@ class Gpt2Config:
             offenders.append(f"activation_function {config.activation_function!r}, known: {', '.join(ACTIVATIONS)}")
         if offenders:
             problem, fix = "the config asks for another model.", "take a checkpoint without them."
-            raise ValueError(complain("Gpt2Config", problem, offenders, fix))
+            raise JloraValueError("Gpt2Config", problem, offenders, fix)
         return cls(
             vocab_size=config.vocab_size,
             hidden_size=config.n_embd,
@@ -334,7 +334,7 @@ class Gpt2(nn.Module):
 def check_length(config: Gpt2Config, length: int) -> None:
     if length > config.num_positions:
         problem = f"{length} tokens, but there are positions for {config.num_positions}."
-        raise ValueError(complain("Gpt2", problem, (), "truncate the input."))
+        raise JloraValueError("Gpt2", problem, (), "truncate the input.")
 
 
 def dense(config: Gpt2Config, features: int, name: str) -> nn.Dense:

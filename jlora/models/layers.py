@@ -16,7 +16,7 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.core.errors import complain
+from jlora.errors import JloraValueError
 
 
 def gelu(x: Array) -> Array:
@@ -319,7 +319,7 @@ def check_one_text_per_row(who: str, segment_ids: Any, cache: Any) -> None:
     offenders = [name for name, value in given.items() if value is not None]
     if offenders:
         fix = "leave them out, or load the model with head='causal_lm'."
-        raise ValueError(complain(who, "a classifier reads each row as one whole text.", offenders, fix))
+        raise JloraValueError(who, "a classifier reads each row as one whole text.", offenders, fix)
 
 
 def check_choice(who: str, **choices: tuple[Any, Sequence[Any]]) -> None:
@@ -330,4 +330,4 @@ def check_choice(who: str, **choices: tuple[Any, Sequence[Any]]) -> None:
         if value not in known
     ]
     if offenders:
-        raise ValueError(complain(who, "unknown choice.", offenders, "take one of those known."))
+        raise JloraValueError(who, "unknown choice.", offenders, "take one of those known.")

@@ -31,12 +31,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.core import layouts
-from jlora.core.errors import complain, count
-from jlora.core.layouts import AFFIXES, A
-from jlora.core.paths import Path, Tree, box, edit, flatten, join_path, read_arrays, unbox
-from jlora.core.targets import Pattern
-from jlora.core.tree import adapter_leaf, is_wrapped, kernels, split
+from jlora.errors import JloraError, JloraOSError, JloraTypeError, JloraValueError, count
+from jlora.tree import layouts
+from jlora.tree.layouts import AFFIXES, A
+from jlora.tree.paths import Path, Tree, box, edit, flatten, join_path, read_arrays, unbox
+from jlora.tree.targets import Pattern
+from jlora.tree.wrapping import adapter_leaf, is_wrapped, kernels, split
 
 FORMAT, VERSION = "jlora-adapter", 1
 METADATA, SAVING, DIGESTS = "adapter.json", "adapter.saving", "files.json"
@@ -194,7 +194,7 @@ def describe_model(model: Any) -> dict[str, Any] | None:
         return None
     if not dataclasses.is_dataclass(model) or isinstance(model, type):
         fix = "pass the module, or leave model out."
-        raise TypeError(complain("save_adapter", f"model is a {type(model).__name__}, not a module.", [], fix))
+        raise JloraTypeError("save_adapter", f"model is a {type(model).__name__}, not a module.", [], fix)
     return json.loads(json.dumps(_settings(model), default=repr))
 
 
@@ -221,7 +221,7 @@ def check_model(who: str, saved: Mapping[str, Any] | None, model: Any) -> None:
         differ = count(len(wrong), "setting differs", "settings differ")
         problem = f"this is not the model the adapter was trained on: {differ}."
         fix = "restore the config.json that the model had, or train again."
-        raise ValueError(complain(who, problem, wrong, fix))
+        raise JloraValueError(who, problem, wrong, fix)
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -260,7 +260,7 @@ def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) 
             wrong.append(f"{part!r}  is not UTF-8")
     if wrong:
         problem = f"Orbax can't use the path {os.fspath(folder)!r}."
-        raise ValueError(complain(who, problem, wrong, "rename the folder, or choose another."))
+        raise JloraValueError(who, problem, wrong, "rename the folder, or choose another.")
 
 
 @contextlib.contextmanager
@@ -274,10 +274,10 @@ def writing(who: str, problem: str, fix: str) -> Iterator[None]:
         yield
     # TensorStore's errors of the file system are ValueErrors.
     except (OSError, ValueError) as error:
-        if "\nFix: " in str(error):
+        if isinstance(error, JloraError):
             raise
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OSError(complain(who, problem, [reason], fix)) from error
+        raise JloraOSError(who, problem, [reason], fix) from error
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -396,7 +396,7 @@ def _writable(folder: File) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         problem = f"can't write to the folder '{folder}': {error.strerror}."
-        raise ValueError(complain("save_adapter", problem, [], "pass a folder you may write to.")) from error
+        raise JloraValueError("save_adapter", problem, [], "pass a folder you may write to.") from error
 
 
 def _recorded(file: File) -> set[str]:
@@ -438,7 +438,7 @@ def _replace(file: File, text: str) -> None:
 
 
 def _refuse(problem: str, fix: str, offenders: Iterable[str] = ()) -> ValueError:
-    return ValueError(complain("restore_adapter", problem, offenders, fix))
+    return JloraValueError("restore_adapter", problem, offenders, fix)
 
 
 def read_metadata(folder: File) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.core.errors import complain
-from jlora.core.paths import Tree
+from jlora.errors import JloraValueError
+from jlora.tree.paths import Tree
 
 LogitsFn = Callable[[Tree, Float[Array, "chunk features"]], Float[Array, "chunk vocab"]]
 
@@ -134,4 +134,4 @@ def _check(hidden: Any, labels: Any, weights: Any, chunk: int) -> None:
     if chunk < 1:
         wrong.append(f"chunk={chunk}: want 1 or more")
     if wrong:
-        raise ValueError(complain("cross_entropy", "the arguments don't fit each other.", wrong, "correct them."))
+        raise JloraValueError("cross_entropy", "the arguments don't fit each other.", wrong, "correct them.")

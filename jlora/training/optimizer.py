@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jlora.core.paths import Tree
-from jlora.core.targets import Pattern
-from jlora.core.tree import kernels, mask
+from jlora.tree.paths import Tree
+from jlora.tree.targets import Pattern
+from jlora.tree.wrapping import kernels, mask
 
 
 def optimizer(tx: optax.GradientTransformation, params: Tree, train: Pattern = ()) -> optax.GradientTransformation:

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from jlora.core.errors import complain, count
+from jlora.errors import JloraValueError, count
 from jlora.training.checkpoint import check_name, find_damage, write_digests, writing
 from jlora.training.step import TrainState
 
@@ -107,7 +107,7 @@ class RunCheckpoints:
             return RestoredState(_typed(found["state"], like), found["notes"], reasons)
         if reasons:
             fix = "start the run anew, or put the files back."
-            raise ValueError(complain("resume", f"no checkpoint in {self.folder} can be read.", reasons, fix))
+            raise JloraValueError("resume", f"no checkpoint in {self.folder} can be read.", reasons, fix)
         return None
 
     def _record_files(self) -> None:

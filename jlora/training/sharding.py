@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jlora.core import layouts
-from jlora.core.errors import complain
-from jlora.core.layouts import AFFIXES, A
-from jlora.core.paths import Path, Tree, flatten, map_with_path
+from jlora.errors import JloraValueError
+from jlora.tree import layouts
+from jlora.tree.layouts import AFFIXES, A
+from jlora.tree.paths import Path, Tree, flatten, map_with_path
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -33,7 +33,7 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
     if not wrong and wanted > have:
         wrong = [f"{'x'.join(map(str, shape.values()))} is {wanted} devices, there are {have}"]
     if wrong:
-        raise ValueError(complain("make_mesh", "the mesh does not fit the devices.", wrong, "make it smaller."))
+        raise JloraValueError("make_mesh", "the mesh does not fit the devices.", wrong, "make it smaller.")
     devices = np.array(jax.devices()[:wanted]).reshape(tuple(shape.values()))
     return Mesh(devices, tuple(shape))
 

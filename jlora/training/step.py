@@ -9,11 +9,11 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from jlora.core.errors import complain
-from jlora.core.layouts import A, B
-from jlora.core.paths import Tree, map_with_path
-from jlora.core.tree import join
+from jlora.errors import JloraTypeError, JloraValueError
 from jlora.transform.jaxprs import unread
+from jlora.tree.layouts import A, B
+from jlora.tree.paths import Tree, map_with_path
+from jlora.tree.wrapping import join
 
 Batch = Any
 Metrics = dict[str, Any]
@@ -150,7 +150,7 @@ def _is_deleted(leaf: Any) -> bool:
 def _donated_error() -> ValueError:
     problem = "this state was given to an earlier step, which reused its memory."
     fix = "go on with the state that step returned, `state, metrics = step(state, base, batch)`, or keep a copy: "
-    return ValueError(complain("make_train_step", problem, [], fix + "jax.tree.map(jnp.copy, state)."))
+    return JloraValueError("make_train_step", problem, [], fix + "jax.tree.map(jnp.copy, state).")
 
 
 def _mean_gradient(
@@ -207,13 +207,11 @@ def _cut(batch: Batch, pieces: int) -> Batch:
         if leaf.ndim == 0 or leaf.shape[0] % pieces
     ]
     if uneven:
-        raise ValueError(
-            complain(
-                "make_train_step",
-                f"the leading axis can't be cut into accumulate={pieces} equal micro-batches.",
-                uneven,
-                f"make the batch a multiple of {pieces} rows, and keep what has no rows out of it.",
-            )
+        raise JloraValueError(
+            "make_train_step",
+            f"the leading axis can't be cut into accumulate={pieces} equal micro-batches.",
+            uneven,
+            f"make the batch a multiple of {pieces} rows, and keep what has no rows out of it.",
         )
     return jax.tree.map(lambda leaf: leaf.reshape(-1, pieces, *leaf.shape[1:]).swapaxes(0, 1), batch)
 
@@ -223,14 +221,14 @@ def _loss_and_aux(result: Any) -> tuple[Float[Array, ""], Metrics]:
     dtype, shape = jnp.result_type(loss), jnp.shape(loss)
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         problem = f"loss_fn gave {dtype}{list(shape)}, not a floating scalar."
-        raise TypeError(complain("make_train_step", problem, [], "return the mean loss, or (loss, aux)."))
+        raise JloraTypeError("make_train_step", problem, [], "return the mean loss, or (loss, aux).")
     if not isinstance(aux, Mapping):
         problem = f"loss_fn's aux is a {type(aux).__name__}."
-        raise TypeError(complain("make_train_step", problem, [], "return (loss, dict of metrics)."))
+        raise JloraTypeError("make_train_step", problem, [], "return (loss, dict of metrics).")
     taken = [repr(name) for name in aux if name in _OWN_METRICS]
     if taken:
         problem = "loss_fn's aux uses names of the step's own metrics."
-        raise ValueError(complain("make_train_step", problem, taken, "rename them."))
+        raise JloraValueError("make_train_step", problem, taken, "rename them.")
     return jnp.asarray(loss), dict(aux)
 
 
@@ -239,13 +237,11 @@ def _check_reads(loss_of: Callable[[Tree], Float[Array, ""]], adapters: Tree) ->
     names = jax.tree.leaves(map_with_path(lambda path, _: path, adapters))
     lora = {index for index, path in enumerate(names) if path.endswith((A, B))}
     if lora and lora <= set(unread(loss_of, adapters)):
-        raise ValueError(
-            complain(
-                "make_train_step",
-                f"loss_fn never reads the adapters: its loss depends on none of their {len(lora)} leaves.",
-                [],
-                "call jlora.adapt(model.apply) in loss_fn, not model.apply.",
-            )
+        raise JloraValueError(
+            "make_train_step",
+            f"loss_fn never reads the adapters: its loss depends on none of their {len(lora)} leaves.",
+            [],
+            "call jlora.adapt(model.apply) in loss_fn, not model.apply.",
         )
 
 
@@ -256,4 +252,4 @@ def _check_options(accumulate: int, clip: float | None) -> None:
     if clip is not None and not clip > 0:
         wrong.append(f"clip={clip!r}: must be above 0, or None")
     if wrong:
-        raise ValueError(complain("make_train_step", "an option is out of range.", wrong, "correct it."))
+        raise JloraValueError("make_train_step", "an option is out of range.", wrong, "correct it.")

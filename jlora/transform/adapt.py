@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Key
 
-from jlora.core.errors import complain, count
-from jlora.core.paths import Path, Tree, refuse_same_paths
-from jlora.core.tree import has_adapter, kernels, replace_kernels
+from jlora.errors import JloraValueError, count
 from jlora.transform import jaxprs
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation, Recorder
 from jlora.transform.tracing import Structure, check_function, evaluate, take_apart
+from jlora.tree.paths import Path, Tree, refuse_same_paths
+from jlora.tree.wrapping import has_adapter, kernels, replace_kernels
 
 # Traces kept for one adapted function: enough for every bucket of lengths. Beyond it the oldest is dropped, and with
 # it the arrays that fn closed over.
@@ -59,9 +59,7 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
     """
     check_function("adapt", fn)
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-        raise ValueError(
-            complain("adapt", f"dropout is {dropout!r}.", [], "pass a rate from 0 up to, not including, 1.")
-        )
+        raise JloraValueError("adapt", f"dropout is {dropout!r}.", [], "pass a rate from 0 up to, not including, 1.")
     traces: OrderedDict[Any, _Trace] = OrderedDict()
 
     @functools.wraps(fn)
@@ -127,7 +125,7 @@ def _trace(
             "use jlora.adapt(fn, materialize=True), which forms W + s AB there, or leave the kernel out of "
             "wrap's targets."
         )
-        raise ValueError(complain("adapt", problem, refusals, fix))
+        raise JloraValueError("adapt", problem, refusals, fix)
     captures = any(isinstance(const, jax.core.Tracer) for const in jaxprs.body(closed).consts)
     return _Trace(jaxprs.as_function(closed), out[0], captures)
 

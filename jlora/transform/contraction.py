@@ -6,8 +6,9 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from jlora.core.layouts import contract
+from jlora.errors import JloraValueError
 from jlora.transform.kernel import Factor
+from jlora.tree.layouts import contract
 
 
 def contract_factors(
@@ -70,14 +71,13 @@ def parse_einsum(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[list[int], 
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     x_names, comma, w_names = inputs.partition(",")
     if not arrow or not comma or "," in w_names:
-        raise ValueError(
-            f"einsum: {subscripts!r} is not of the form 'x,w->out'.\nFix: name both operands and the output."
-        )
+        problem = f"{subscripts!r} is not of the form 'x,w->out'."
+        raise JloraValueError("einsum", problem, [], "name both operands and the output.")
     more = "".join(chr(0x2460 + n) for n in range(x_ndim - len(x_names.replace("...", ""))))
     x_names, output = (names.replace("...", more) for names in (x_names, output))
     if len(x_names) != x_ndim or len(w_names) != w_ndim:
         problem = f"{subscripts!r} does not fit operands of {x_ndim} and {w_ndim} axes."
-        raise ValueError(f"einsum: {problem}\nFix: give one letter per axis.")
+        raise JloraValueError("einsum", problem, [], "give one letter per axis.")
     labels = {name: n for n, name in enumerate(x_names)}
     for name in w_names:
         labels.setdefault(name, len(labels))

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.core import layouts
-from jlora.core.layouts import Layout
-from jlora.core.paths import Path, Tree, map_with_path, read_arrays
-from jlora.core.tree import check_names, drop_adapters
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation
 from jlora.transform.tracing import check_function, evaluate, is_array, take_apart
+from jlora.tree import layouts
+from jlora.tree.layouts import Layout
+from jlora.tree.paths import Path, Tree, map_with_path, read_arrays
+from jlora.tree.wrapping import check_names, drop_adapters
 
 
 def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path, Layout]:

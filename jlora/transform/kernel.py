@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
-from jlora.core.layouts import merge_kernel
+from jlora.tree.layouts import merge_kernel
 
 Factor = Float[Array, "*axes rank"]
 Axes = frozenset[int]

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from jlora.core.errors import complain
+from jlora.errors import JloraTypeError
 from jlora.transform import jaxprs
 from jlora.transform.contraction import contract_factors, parse_einsum
 from jlora.transform.jaxprs import Body, Equation
@@ -102,7 +102,7 @@ def _names_of(target: Any) -> tuple[Any, ...]:
         return (jaxprs.FunctionSource(code.co_filename, code.co_firstlineno),)
     problem = f"the target is a {type(target).__name__}."
     fix = "pass a primitive, its name, or a function decorated with jax.custom_vjp or jax.custom_jvp."
-    raise TypeError(complain("register_rule", problem, [], fix))
+    raise JloraTypeError("register_rule", problem, [], fix)
 
 
 class Recorder:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jlora.core.errors import complain
+from jlora.errors import JloraTypeError
 from jlora.transform import jaxprs, rules
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation
@@ -35,7 +35,7 @@ def check_function(who: str, fn: Any) -> None:
     """
     if not callable(fn):
         fix = "pass the function that reads the parameters, as model.apply."
-        raise TypeError(complain(who, f"fn is of type {type(fn).__name__}, not a function.", [], fix))
+        raise JloraTypeError(who, f"fn is of type {type(fn).__name__}, not a function.", [], fix)
 
 
 def is_array(leaf: Any) -> bool:

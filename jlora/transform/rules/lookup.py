@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.layouts import product
 from jlora.transform import jaxprs
 from jlora.transform.kernel import NO_AXES, AdaptedKernel, Factor
 from jlora.transform.registry import Call, register_rule
+from jlora.tree.layouts import product
 
 
 @register_rule("gather", operands=0)
