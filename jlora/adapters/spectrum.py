@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from jlora.errors import JloraTypeError, JloraValueError, count, nearest, quoted
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A, B, Layout
-from jlora.tree.paths import Path, Tree, flatten, map_with_path, read_arrays
+from jlora.tree.paths import Tree, TreePath, flatten, map_with_path, read_arrays
 from jlora.tree.targets import check_matches, matcher, parts
 from jlora.tree.wrapping import kernels, with_ranks
 
@@ -78,7 +78,7 @@ class Spectrum:
         return rank_for(self.singular_values, energy)
 
 
-def spectrum(params: Tree, *, overlap: bool = False) -> dict[Path, Spectrum]:
+def spectrum(params: Tree, *, overlap: bool = False) -> dict[TreePath, Spectrum]:
     """The singular values of every kernel's update, in float64, without forming it.
 
     With A = Q_A R_A and B = R_B^T Q_B^T they are those of the rank x rank matrix scaling * R_A R_B^T.
@@ -107,7 +107,7 @@ def spectrum(params: Tree, *, overlap: bool = False) -> dict[Path, Spectrum]:
     return found
 
 
-def _trios(who: str, params: Tree) -> dict[Path, tuple[Trio, Layout]]:
+def _trios(who: str, params: Tree) -> dict[TreePath, tuple[Trio, Layout]]:
     """A, B and scaling of every wrapped kernel, with the kernel's layout."""
     told, leaves = kernels(who, params), flatten(params)
     abstract = [repr(path) for path in told if isinstance(leaves[path + A], jax.ShapeDtypeStruct)]
@@ -117,7 +117,7 @@ def _trios(who: str, params: Tree) -> dict[Path, tuple[Trio, Layout]]:
     return {path: (trio_of(leaves, path), layout) for path, layout in told.items()}
 
 
-def trio_of(leaves: Mapping[Path, Any], path: Path) -> Trio:
+def trio_of(leaves: Mapping[TreePath, Any], path: TreePath) -> Trio:
     """A, B and scaling of one kernel."""
     a, b, scaling = (leaves[path + affix] for affix in AFFIXES)
     return a, b, scaling
@@ -260,7 +260,7 @@ def resize(
         if not 0 < energy <= 1:
             raise JloraValueError("resize", f"energy is {energy}.", [], "pass a share above 0 and up to 1.")
         ranks = {path: int(rank_for(singular_values(*three), energy).max()) for path, three in spread.items()}
-    new: dict[Path, Any] = {}
+    new: dict[TreePath, Any] = {}
     for path, (trio, layout) in trios.items():
         if ranks[path] < present[path]:
             pair = _truncate(*spread[path][:2], ranks[path])
@@ -270,7 +270,7 @@ def resize(
     return with_ranks(map_with_path(lambda path, leaf: new.get(path, leaf), params), more)
 
 
-def _asked(rank: Any, present: Mapping[Path, int]) -> dict[Path, Any]:
+def _asked(rank: Any, present: Mapping[TreePath, int]) -> dict[TreePath, Any]:
     """The rank that is asked for each kernel: by its very path, else by the first pattern that matches it."""
     if not isinstance(rank, Mapping):
         return dict.fromkeys(present, rank)
@@ -281,7 +281,7 @@ def _asked(rank: Any, present: Mapping[Path, int]) -> dict[Path, Any]:
     return first | {path: n for path, n in rank.items() if path in present}
 
 
-def _check_ranks(ranks: Mapping[Path, Any], limits: Mapping[Path, int]) -> None:
+def _check_ranks(ranks: Mapping[TreePath, Any], limits: Mapping[TreePath, int]) -> None:
     odd = [f"{path!r}  {n!r}" for path, n in ranks.items() if not isinstance(n, int) or isinstance(n, bool)]
     if odd:
         raise JloraTypeError("resize", "the rank must be an int.", odd, "pass a whole number from 1.")
@@ -315,7 +315,7 @@ def _lay(
     return laid[0].reshape(shape_a), np.moveaxis(laid[1], -1, layouts.rank_axis(layout)).reshape(shape_b)
 
 
-def gradient_norms(grads: Tree) -> dict[Path, float]:
+def gradient_norms(grads: Tree) -> dict[TreePath, float]:
     """The norm of each adapter's gradient, A's and B's together, by the kernel's path.
 
     B starts at zero, so at the first step A's gradient is zero and the norm is B's alone.
@@ -326,7 +326,7 @@ def gradient_norms(grads: Tree) -> dict[Path, float]:
     Raises:
       ValueError: the tree has no gradient of an adapter.
     """
-    squares: dict[Path, float] = {}
+    squares: dict[TreePath, float] = {}
     for path, leaf in read_arrays("gradient_norms", grads, "grads").items():
         stem = next((path[: -len(affix)] for affix in (A, B) if path.endswith(affix)), None)
         if stem is not None:
@@ -338,7 +338,7 @@ def gradient_norms(grads: Tree) -> dict[Path, float]:
 
 
 def allocate(
-    importance: Mapping[Path, Spectrum] | Mapping[Path, float],
+    importance: Mapping[TreePath, Spectrum] | Mapping[TreePath, float],
     params: Tree,
     *,
     budget: float,
@@ -403,7 +403,7 @@ def _gains(importance: Any, cost: int, most: int) -> list[float]:
     return [float(importance) / (n + 0.5) for n in range(most)]
 
 
-def _check_importance(importance: Mapping[Path, Any], paths: list[Path]) -> None:
+def _check_importance(importance: Mapping[TreePath, Any], paths: list[TreePath]) -> None:
     if not isinstance(importance, Mapping):
         problem = f"importance is of type {type(importance).__name__}, not a dict by the kernels' paths."
         raise JloraTypeError("allocate", problem, [], "pass spectrum(params), or gradient_norms(grads).")

@@ -38,8 +38,7 @@ from jlora.runs.sweep import Judged, Member, Progressed, SweepResult
 from jlora.runs.sweep import sweep as search
 from jlora.tasks.tasks import TASKS, Task
 from jlora.tree.layouts import max_rank
-from jlora.tree.paths import Path as Slashes
-from jlora.tree.paths import Tree, flatten
+from jlora.tree.paths import Tree, TreePath, flatten
 from jlora.tree.targets import matcher
 from jlora.tree.wrapping import kernels, split
 
@@ -297,7 +296,7 @@ def spread(metric: str, rows: int) -> Callable[[float], float] | None:
     return lambda share: math.sqrt(share * (1 - share) / rows)
 
 
-def limits(config: Config, loaded: LoadedModel) -> dict[Slashes, int]:
+def limits(config: Config, loaded: LoadedModel) -> dict[TreePath, int]:
     """The highest rank that every kernel without a rank of its own has room for."""
     tree = runs.wrap_base(lowest(config), replace(loaded, params=shapes(loaded.model, config.model.dtype)))
     leaves, own = flatten(tree), [matcher(pattern) for pattern in config.adapter.ranks]
@@ -328,7 +327,7 @@ class Members:
         begin: Callable[[], None],
         corpus: Corpus,
         task: Task,
-        most: Mapping[Slashes, int],
+        most: Mapping[TreePath, int],
     ):
         self.config, self.out, self.begin, self.corpus, self.task, self.most = config, out, begin, corpus, task, most
         self.begun = False
@@ -363,7 +362,7 @@ class Members:
             runs.begin_run(job, self.corpus.labels, self.corpus.answers)
         runs.save_best(job.output.folder, event.params, self.task)
 
-    def capped(self, ranks: Sequence[int]) -> dict[Slashes, int]:
+    def capped(self, ranks: Sequence[int]) -> dict[TreePath, int]:
         """The kernels that have no room for the largest rank, with what they have room for."""
         return {path: most for path, most in self.most.items() if most < max(ranks)}
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.tree.paths import Path
+from jlora.tree.paths import TreePath
 
 Reader = Callable[[np.dtype], np.ndarray]
 
 
-def changed_leaves(leaves: Mapping[Path, Any], base: Mapping[Path, Reader]) -> set[Path]:
+def changed_leaves(leaves: Mapping[TreePath, Any], base: Mapping[TreePath, Reader]) -> set[TreePath]:
     """The paths of the leaves that the base lacks, or has with other values.
 
     Args:
@@ -23,7 +23,7 @@ def changed_leaves(leaves: Mapping[Path, Any], base: Mapping[Path, Reader]) -> s
     return {path for path, leaf in leaves.items() if path not in base or not has_values(leaf, base[path])}
 
 
-def readers(base: Mapping[Path, Any]) -> dict[Path, Reader]:
+def readers(base: Mapping[TreePath, Any]) -> dict[TreePath, Reader]:
     """The leaves of a base that is in memory, as `changed_leaves` takes them."""
     return {path: functools.partial(as_dtype, leaf) for path, leaf in base.items()}
 

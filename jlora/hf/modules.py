@@ -22,7 +22,7 @@ from jlora.hf.families import family_of, weights
 from jlora.hf.load import shapes, spell, unread_weights
 from jlora.tree import layouts
 from jlora.tree.layouts import Layout
-from jlora.tree.paths import Path
+from jlora.tree.paths import TreePath
 
 KINDS = ("linear", "conv1d", "conv", "embedding")
 PLAIN = "plain"  # the kind of a bias or a norm's scale
@@ -45,7 +45,7 @@ class PeftModule:
 
 
 Name = str | PeftModule | Sequence[str | PeftModule]
-Names = Mapping[Path, Name] | Callable[[Path], Name | None]
+Names = Mapping[TreePath, Name] | Callable[[TreePath], Name | None]
 
 
 class Slot(NamedTuple):
@@ -61,7 +61,7 @@ class Slot(NamedTuple):
         tensor: "weight" or "bias".
     """
 
-    path: Path
+    path: TreePath
     shape: tuple[int, ...]
     layout: Layout
     kind: str
@@ -98,7 +98,7 @@ class Table:
         offenders: what is wrong with the names.
     """
 
-    slots: dict[Path, Slot]
+    slots: dict[TreePath, Slot]
     copies: dict[str, str]
     untied: dict[str, str]
     unread: frozenset[str]
@@ -128,10 +128,10 @@ def module_of(tensor: str) -> str:
 def make_table(
     who: str,
     model: nn.Module | None,
-    base: Mapping[Path, Any],
+    base: Mapping[TreePath, Any],
     names: Names | None,
     told: Mapping[str, Layout],
-    used: set[Path] | None,
+    used: set[TreePath] | None,
 ) -> Table:
     """The modules of a tree.
 
@@ -155,7 +155,7 @@ def make_table(
     return named_table(base, names, told, used)
 
 
-def model_table(model: nn.Module, base: Mapping[Path, Any]) -> Table:
+def model_table(model: nn.Module, base: Mapping[TreePath, Any]) -> Table:
     """The modules of one of jlora's models, as `weights` has them."""
     family = family_of(model)
     # A model without a head is torch's bare one, which knows its modules without the prefix.
@@ -189,14 +189,16 @@ def is_tied_base(model: nn.Module) -> bool:
     return model.origin is not None and json.loads(model.origin.config).get("tie_word_embeddings", False)
 
 
-def named_table(base: Mapping[Path, Any], names: Names, told: Mapping[str, Layout], used: set[Path] | None) -> Table:
+def named_table(
+    base: Mapping[TreePath, Any], names: Names, told: Mapping[str, Layout], used: set[TreePath] | None
+) -> Table:
     """The modules of a user's own tree."""
     given = {path: name for path in base if (name := names(path)) is not None} if callable(names) else dict(names)
     offenders = [
         f"{path!r} in names= is no leaf  nearest: {nearest(path, base, 1)[0]!r}" for path in given if path not in base
     ]
     beside = {path.rpartition("/")[0]: path for path in reversed(given)}
-    slots: dict[Path, Slot] = {}
+    slots: dict[TreePath, Slot] = {}
     for path, leaf in base.items():
         module, _, name = path.rpartition("/")
         source = path if path in given else beside.get(module) if name == "bias" else None
@@ -213,7 +215,7 @@ def named_table(base: Mapping[Path, Any], names: Names, told: Mapping[str, Layou
     return Table(slots, {}, {}, frozenset(), str, False, offenders)
 
 
-def make_slot(path: Path, shape: tuple[int, ...], name: Name, told: Mapping[str, Layout]) -> Slot | str:
+def make_slot(path: TreePath, shape: tuple[int, ...], name: Name, told: Mapping[str, Layout]) -> Slot | str:
     """The slot of a named leaf, or what is wrong with its name."""
     names = [name] if isinstance(name, str | PeftModule) else name
     parts = [PeftModule(part) if isinstance(part, str) else part for part in names]

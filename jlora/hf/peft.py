@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -48,7 +48,7 @@ from jlora.models.layers import check_choice
 from jlora.training.checkpoint import place
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, Layout
-from jlora.tree.paths import Path, Tree, box, edit, flatten, join_path, partition, unbox, union
+from jlora.tree.paths import Tree, TreePath, box, edit, flatten, join_path, partition, unbox, union
 from jlora.tree.targets import Pattern, select
 from jlora.tree.wrapping import adapter_leaf, is_wrapped, kernels, merge
 
@@ -203,7 +203,7 @@ def save_peft(
     if model is not None and model.pools_apart:
         base = None if base is None else split_classifier(model, base)[1]
         body = partial(save_peft, base=base, base_model=base_model, dropout=dropout, task_type=task_type)
-        return save_pooled(File(folder), model, params, body, target=target, train=train, task_type=task_type)
+        return save_pooled(Path(folder), model, params, body, target=target, train=train, task_type=task_type)
     told = kernels("save_peft", params)
     leaves = flatten(params)
     plain = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
@@ -263,7 +263,7 @@ def save_peft(
     # PEFT knows tied heads by this name alone.
     if "lm_head.weight" in table.copies and "lm_head" in {*adapters, *whole.modules}:
         config["ensure_weight_tying"] = True
-    write_files(File(folder), config, {PREFIX + name: np.ascontiguousarray(value) for name, value in tensors.items()})
+    write_files(Path(folder), config, {PREFIX + name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
 def load_peft(
@@ -299,7 +299,7 @@ def load_peft(
         ValueError: no such files or damaged ones, a kind of adapter that is not computed here, tensors that are
             unknown, missing or misshapen; all of them listed, and nothing attached.
     """
-    folder = File(folder)
+    folder = Path(folder)
     base = flatten(params)
     if model is not None and model.pools_apart:
         return load_pooled(folder, model, params)
@@ -355,7 +355,7 @@ def split_classifier(model: nn.Module, params: Tree) -> tuple[Tree, Tree]:
 
 
 def save_pooled(
-    folder: File,
+    folder: Path,
     model: nn.Module,
     params: Tree,
     save_body: Callable[..., None],
@@ -382,7 +382,7 @@ def save_pooled(
         sentence_transformers.write_modules(stage, model.pooling, sentence_transformers.Classifier(kernel, bias))
 
 
-def load_pooled(folder: File, model: nn.Module, params: Tree) -> Tree:
+def load_pooled(folder: Path, model: nn.Module, params: Tree) -> Tree:
     """Puts an adapter of a body, and the classifier beside it, on a classifier that PEFT does not have."""
     task_type = read_config(folder).get("task_type")
     if task_type in LABELLED:
@@ -407,7 +407,7 @@ def load_pooled(folder: File, model: nn.Module, params: Tree) -> Tree:
     return union(load_peft(folder, model.clone(head=None), body), put(head, {}, whole, {}))
 
 
-def gather(table: Table, paths: Sequence[Path], leaves: Mapping[Path, Any]) -> dict[str, Adapter]:
+def gather(table: Table, paths: Sequence[TreePath], leaves: Mapping[TreePath, Any]) -> dict[str, Adapter]:
     """Each module's adapter, without the zeros that pad its rank."""
     adapters = {}
     for path in paths:
@@ -432,8 +432,8 @@ def trim(adapter: Adapter, least: int) -> Adapter:
 
 
 def changed_from_base(
-    model: nn.Module | None, leaves: Mapping[Path, Any], base: Tree | None, required: bool
-) -> set[Path]:
+    model: nn.Module | None, leaves: Mapping[TreePath, Any], base: Tree | None, required: bool
+) -> set[TreePath]:
     """The leaves that differ from the base; none where there is no base to compare with.
 
     Args:
@@ -461,7 +461,7 @@ def changed_from_base(
     return changed_leaves(leaves, stored)
 
 
-def sort_trained(table: Table, full: set[Path], adapters: Mapping[str, Adapter], task_type: str | None) -> Trained:
+def sort_trained(table: Table, full: set[TreePath], adapters: Mapping[str, Adapter], task_type: str | None) -> Trained:
     """How the leaves trained in full go into the file."""
     parts = [(module, table.slots[path]) for path in full if path in table.slots for module in modules_of(table, path)]
     outputs = {module_of(copy) for copy in table.copies} | {"lm_head"}
@@ -479,13 +479,13 @@ def sort_trained(table: Table, full: set[Path], adapters: Mapping[str, Adapter],
     return Trained(sorted(module for module in chosen if not inside(module, chosen)), sorted(bases), bias)
 
 
-def left_out(table: Table, changed: set[Path], whole: Trained) -> list[Path]:
+def left_out(table: Table, changed: set[TreePath], whole: Trained) -> list[TreePath]:
     """The changed leaves that are not written with a module that is saved anyway, as a classifier is."""
     saved = {slot.path for name, (slot, _, _) in table.tensors.items() if inside(name, whole.modules)}
     return sorted(changed - saved)
 
 
-def modules_of(table: Table, path: Path) -> list[str]:
+def modules_of(table: Table, path: TreePath) -> list[str]:
     """The modules that hold a leaf."""
     return [module for module, _, _ in table.slots[path].parts()]
 
@@ -538,7 +538,7 @@ def unsaveable(
     return offenders
 
 
-def resized_leaves(model: nn.Module, leaves: Iterable[Path]) -> set[Path]:
+def resized_leaves(model: nn.Module, leaves: Iterable[TreePath]) -> set[TreePath]:
     """The leaves with an axis of tokens, where the base was loaded with another vocabulary than its checkpoint's.
 
     Their new rows are in no checkpoint, so they go into the file, as PEFT writes them too.
@@ -549,7 +549,7 @@ def resized_leaves(model: nn.Module, leaves: Iterable[Path]) -> set[Path]:
     return {path for path in family_of(model).vocabulary if path in leaves}
 
 
-def overwritten(table: Table, leaves: Mapping[Path, Any], whole: Trained) -> list[str]:
+def overwritten(table: Table, leaves: Mapping[TreePath, Any], whole: Trained) -> list[str]:
     """The separate heads of a tied base whose values would be lost: PEFT keeps one tensor under both adapters."""
 
     def value(name: str) -> np.ndarray:
@@ -588,7 +588,7 @@ def pair_tensors(table: Table, module: str, adapter: Adapter) -> dict[str, np.nd
 
 
 def whole_tensors(
-    table: Table, leaves: Mapping[Path, Any], whole: Trained, adapters: Mapping[str, Adapter]
+    table: Table, leaves: Mapping[TreePath, Any], whole: Trained, adapters: Mapping[str, Adapter]
 ) -> dict[str, np.ndarray]:
     """The tensors that are saved in full, by the file's names; tied ones of modules_to_save are repeated."""
     everything = {name: name for name in table.tensors} | table.copies
@@ -652,7 +652,7 @@ def named_in(names: str | Iterable[str], module: str, matcher: PatternMatcher) -
     return any(f".{module}".endswith(f".{name}") for name in names)
 
 
-def read_config(folder: File) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """PEFT's config.
 
     Raises:
@@ -786,7 +786,7 @@ def replace_rows(
     config: Mapping[str, Any],
     plain: dict[str, np.ndarray],
     tokens: Mapping[str, np.ndarray],
-    base: Mapping[Path, Any],
+    base: Mapping[TreePath, Any],
 ) -> list[str]:
     """Puts the rows of `trainable_token_indices` into the tables of `plain`; what does not fit is named."""
     chosen: Any = config.get("trainable_token_indices") or []
@@ -916,7 +916,7 @@ def follow_ties(
     config: Mapping[str, Any],
     adapters: dict[str, Adapter],
     plain: dict[str, np.ndarray],
-    base: Mapping[Path, Any],
+    base: Mapping[TreePath, Any],
 ) -> list[str]:
     """Makes the tensors of tied heads those that PEFT would have.
 
@@ -961,8 +961,8 @@ def flip(adapter: Adapter) -> Adapter:
 
 
 def trios(
-    table: Table, adapters: Mapping[str, Adapter], base: Mapping[Path, Any]
-) -> dict[Path, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    table: Table, adapters: Mapping[str, Adapter], base: Mapping[TreePath, Any]
+) -> dict[TreePath, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """A, B and scaling of every adapted leaf."""
     out = {}
     for path, slot in table.slots.items():
@@ -1003,7 +1003,9 @@ def join_parts(parts: Sequence[Adapter | None], slot: Slot) -> Adapter | None:
     return Adapter(a, b, first.scaling)
 
 
-def whole_leaves(table: Table, plain: Mapping[str, np.ndarray], base: Mapping[Path, Any]) -> dict[Path, np.ndarray]:
+def whole_leaves(
+    table: Table, plain: Mapping[str, np.ndarray], base: Mapping[TreePath, Any]
+) -> dict[TreePath, np.ndarray]:
     """The leaves that the file has other values for; layers and parts that it has none for are the base's."""
     places = {name: table.tensors[name] for name in plain}
     own = {slot.path: fold(slot, base[slot.path]) for slot, _, _ in places.values()}
@@ -1020,13 +1022,13 @@ def whole_leaves(table: Table, plain: Mapping[str, np.ndarray], base: Mapping[Pa
 
 def put(
     params: Tree,
-    new: Mapping[Path, tuple[np.ndarray, ...]],
-    full: Mapping[Path, np.ndarray],
-    told: Mapping[Path, Layout],
+    new: Mapping[TreePath, tuple[np.ndarray, ...]],
+    full: Mapping[TreePath, np.ndarray],
+    told: Mapping[TreePath, Layout],
 ) -> Tree:
     """The tree with adapters beside its kernels, and some of its leaves replaced."""
 
-    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+    def change(path: TreePath, nodes: dict[Any, Any]) -> dict[Any, Any]:
         out: dict[Any, Any] = {}
         for name, node in nodes.items():
             where, leaf = join_path(path, name), unbox(node)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ DTYPES = {
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def write_files(folder: File, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
+def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> None:
     """Writes the config and the tensors with their digests, both or neither."""
     metadata = {"format": "pt"}
     metadata |= {
@@ -57,7 +57,7 @@ def digest_tensors(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str
     return digest.hexdigest()
 
 
-def read_config_file(folder: File) -> dict[str, Any]:
+def read_config_file(folder: Path) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Raises:
@@ -84,7 +84,7 @@ def read_config_file(folder: File) -> dict[str, Any]:
     return config
 
 
-def read_digests(folder: File) -> dict[str, str]:
+def read_digests(folder: Path) -> dict[str, str]:
     """The metadata of the tensors' file; empty where that is missing or damaged, which `read_tensors` reports."""
     try:
         with safe_open(folder / TENSORS, framework="np") as file:
@@ -93,7 +93,7 @@ def read_digests(folder: File) -> dict[str, str]:
         return {}
 
 
-def read_tensors(folder: File) -> dict[str, np.ndarray]:
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of the file; those of 8 bits become float32.
 
     Raises:
@@ -131,7 +131,7 @@ def widen(value: np.ndarray) -> np.ndarray:
     return value.astype(np.float32) if value.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2) else value
 
 
-def changed_file(folder: File, name: str) -> JloraValueError:
+def changed_file(folder: Path, name: str) -> JloraValueError:
     """The error for a file that is not what its digest says."""
     fix = (
         "fetch the folder again. After an edit on purpose, drop the digests, here with F the path of "
@@ -140,7 +140,7 @@ def changed_file(folder: File, name: str) -> JloraValueError:
     return JloraValueError("load_peft", f"{str(folder / name)!r} was changed after jlora wrote it.", [], fix)
 
 
-def advise(path: File) -> tuple[str, str] | None:
+def advise(path: Path) -> tuple[str, str] | None:
     """What is wrong with a path that is no PEFT folder, and what to do; None where nothing is known of it."""
     name = path.as_posix()
     if not path.exists():
@@ -168,11 +168,11 @@ def advise(path: File) -> tuple[str, str] | None:
     return None
 
 
-def has(folder: File, pattern: str) -> bool:
+def has(folder: Path, pattern: str) -> bool:
     return next(folder.glob(pattern), None) is not None
 
 
-def lacks(folder: File, *names: str) -> bool:
+def lacks(folder: Path, *names: str) -> bool:
     return not any((folder / name).exists() for name in names)
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from jlora.runs.config import read as read_job
 from jlora.runs.folder import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, read_adapter, read_metadata, restore_adapter
 from jlora.tree.layouts import Layout, read
-from jlora.tree.paths import Path, Tree, flatten
+from jlora.tree.paths import Tree, TreePath, flatten
 from jlora.tree.wrapping import adapter_leaf, kernels
 
 HEADS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
@@ -178,11 +178,11 @@ class Adapted(NamedTuple):
 
     loaded: LoadedModel
     params: Tree
-    train: tuple[Path, ...]
+    train: tuple[TreePath, ...]
     dropout: float = 0.0
 
 
-def find_kind(folder: File) -> str:
+def find_kind(folder: Path) -> str:
     """What a folder holds: "run" (of `jlora train`), "jlora" (of `save_adapter`) or "PEFT".
 
     Raises:
@@ -201,7 +201,7 @@ def find_kind(folder: File) -> str:
 
 
 def load_adapted(
-    folder: File,
+    folder: Path,
     model: str | None = None,
     *,
     dtype: str | None = "float32",
@@ -237,7 +237,7 @@ def load_adapted(
     config = peft.read_config(folder)
     name = named(folder, model or config.get("base_model_name_or_path"))
     # The revision is that of the hub's name in the config.
-    revision = config.get("revision") if model is None and not File(name).is_dir() else None
+    revision = config.get("revision") if model is None and not Path(name).is_dir() else None
     base = find_folder(name, revision)
     form: dict[str, Any] = {"dtype": dtype or stored_dtype(base), "untie": untie, "vocab_size": vocab_size}
     loaded = load_model(name, revision=revision, **form, **head_of(folder, config, base))
@@ -248,7 +248,7 @@ def load_adapted(
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
 
 
-def named(folder: File, model: str | None) -> str:
+def named(folder: Path, model: str | None) -> str:
     """The base's name.
 
     Raises:
@@ -284,14 +284,14 @@ def form_of(metadata: Mapping[str, Any], name: str) -> dict[str, Any]:
     return form
 
 
-def stored_dtype(base: File) -> str:
+def stored_dtype(base: Path) -> str:
     """The dtype that the config in a base's folder names, float32 where it names none."""
     content = read_json(base / "config.json")
     stored = content.get("dtype") or content.get("torch_dtype")
     return stored if stored in ("bfloat16", "float16") else "float32"
 
 
-def head_of(folder: File, config: Mapping[str, Any], base: File) -> dict[str, Any]:
+def head_of(folder: Path, config: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """The head that a PEFT adapter was trained with on the base in another folder, as `load_model` takes it."""
     if classifier := sentence_transformers.read_classifier(folder):
         return {"head": "classification", "pooling": read_pooling(folder), "num_labels": len(classifier.bias)}
@@ -305,14 +305,14 @@ def head_of(folder: File, config: Mapping[str, Any], base: File) -> dict[str, An
     return {"head": head, **pooling} | ({"num_labels": len(named[0])} if named else {})
 
 
-def changed(base: Tree, params: Tree) -> tuple[Path, ...]:
+def changed(base: Tree, params: Tree) -> tuple[TreePath, ...]:
     """The leaves of a base that loading an adapter replaced."""
     before = flatten(base)
     return tuple(p for p, leaf in flatten(params).items() if not adapter_leaf(p) and leaf is not before[p])
 
 
 def describe_adapter(
-    folder: str | File,
+    folder: str | Path,
     model: str | None = None,
     *,
     spectrum: bool = False,
@@ -332,7 +332,7 @@ def describe_adapter(
         FileNotFoundError: no adapter there.
         ValueError: it is damaged, or does not fit the base.
     """
-    folder = File(folder)
+    folder = Path(folder)
     kind = find_kind(folder)
     if kind == "PEFT":
         found = describe_peft(folder, spectrum)
@@ -353,7 +353,7 @@ def describe_adapter(
     return Description(**values)
 
 
-def describe_own(folder: File, base: str | None, spectrum: bool) -> Description:
+def describe_own(folder: Path, base: str | None, spectrum: bool) -> Description:
     """What a folder of `save_adapter` holds."""
     metadata, arrays = read_adapter(folder)
     leaves = metadata["base"]
@@ -374,7 +374,7 @@ def describe_own(folder: File, base: str | None, spectrum: bool) -> Description:
     )
 
 
-def describe_peft(folder: File, spectrum: bool) -> Description:
+def describe_peft(folder: Path, spectrum: bool) -> Description:
     """What a PEFT folder holds, by torch's names.
 
     Raises:
@@ -424,8 +424,8 @@ def describe_peft(folder: File, spectrum: bool) -> Description:
 
 
 def targets_of(
-    trios: Mapping[Path, tuple[Trio, Layout]],
-    bases: Mapping[Path, np.ndarray] | None = None,
+    trios: Mapping[TreePath, tuple[Trio, Layout]],
+    bases: Mapping[TreePath, np.ndarray] | None = None,
     *,
     spectrum: bool,
 ) -> tuple[Target, ...]:

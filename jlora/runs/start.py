@@ -1,7 +1,7 @@
 """Where a run's training begins: at a new adapter, or at one that was trained before."""
 
 from collections.abc import Mapping
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from jlora.runs.folder import ADAPTER, LABELS, read_labels, wrap_base
 from jlora.runs.inspection import changed, find_kind
 from jlora.training.checkpoint import restore_adapter
 from jlora.tree.layouts import SCALING, A
-from jlora.tree.paths import Path, Tree, flatten
+from jlora.tree.paths import Tree, TreePath, flatten
 from jlora.tree.wrapping import split
 
 
@@ -50,7 +50,7 @@ def start_adapter(config: Config, loaded: LoadedModel, trained: tuple[str, ...],
     return params
 
 
-def _load(folder: File, loaded: LoadedModel, labels: tuple[str, ...]) -> Tree:
+def _load(folder: Path, loaded: LoadedModel, labels: tuple[str, ...]) -> Tree:
     kind = find_kind(folder)
     if kind == "PEFT":
         return load_peft(folder, loaded.model, loaded.params)
@@ -63,7 +63,7 @@ def _load(folder: File, loaded: LoadedModel, labels: tuple[str, ...]) -> Tree:
     return restore_adapter(folder / ADAPTER if kind == "run" else folder, loaded.params)
 
 
-def _misfits(new: Mapping[Path, Any], found: Mapping[Path, Any]) -> list[str]:
+def _misfits(new: Mapping[TreePath, Any], found: Mapping[TreePath, Any]) -> list[str]:
     """Where the adapters of two wrapped trees differ in place, rank or scaling."""
     offenders = []
     kernels = {path.removesuffix(A) for leaves in (new, found) for path in leaves if path.endswith(A)}

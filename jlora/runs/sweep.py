@@ -28,7 +28,7 @@ from jlora.runs.plan import peak, read_memory, readable, size_of
 from jlora.runs.recommend import Recommendation, Trial, recommend
 from jlora.training.step import Batch, LossFn, TrainState, make_train_step
 from jlora.tree.layouts import SCALING, A
-from jlora.tree.paths import Path, Tree, flatten, partition
+from jlora.tree.paths import Tree, TreePath, flatten, partition
 from jlora.tree.wrapping import join, kernels, split, with_ranks
 
 Status = Literal["finished", "stopped early", "diverged"]
@@ -105,7 +105,7 @@ class Outcome:
     """
 
     member: Member
-    ranks: dict[Path, int]
+    ranks: dict[TreePath, int]
     trainable: int
     adapter_bytes: int
     optimizer_bytes: int
@@ -641,7 +641,7 @@ def _stack(trees: Sequence[Tree]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def _check_kernels(ranks: Mapping[Member, Mapping[Path, int]]) -> None:
+def _check_kernels(ranks: Mapping[Member, Mapping[TreePath, int]]) -> None:
     every = dict.fromkeys(path for found in ranks.values() for path in found)
     wrong = [f"{path!r}  not in {member}" for path in every for member, found in ranks.items() if path not in found]
     if wrong:

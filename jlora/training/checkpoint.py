@@ -22,7 +22,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata as packages
-from pathlib import Path as File
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora.errors import JloraError, JloraOSError, JloraTypeError, JloraValueError, count
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A
-from jlora.tree.paths import Path, Tree, box, edit, flatten, join_path, read_arrays, unbox
+from jlora.tree.paths import Tree, TreePath, box, edit, flatten, join_path, read_arrays, unbox
 from jlora.tree.targets import Pattern
 from jlora.tree.wrapping import adapter_leaf, is_wrapped, kernels, split
 
@@ -77,7 +77,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     full = [path for path in flatten(adapters) if not adapter_leaf(path)]
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items() if adapter_leaf(path) or path in full}
     base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
-    target = File(folder).absolute()
+    target = Path(folder).absolute()
     check_name("save_adapter", target)
     _writable(target)
     name = f"arrays-{uuid.uuid4().hex}"
@@ -133,7 +133,7 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
 
     metadata, arrays = read_adapter(folder, check)
 
-    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+    def change(path: TreePath, nodes: dict[Any, Any]) -> dict[Any, Any]:
         out: dict[Any, Any] = {}
         for name, node in nodes.items():
             where, kernel = join_path(path, name), unbox(node)
@@ -154,7 +154,7 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
 
 def read_adapter(
     folder: str | os.PathLike[str], check: Callable[[Mapping[str, Any]], None] = lambda metadata: None
-) -> tuple[dict[str, Any], dict[Path, np.ndarray]]:
+) -> tuple[dict[str, Any], dict[TreePath, np.ndarray]]:
     """The record and the arrays of a saved adapter, both of one save.
 
     Args:
@@ -164,7 +164,7 @@ def read_adapter(
     Raises:
       ValueError: no checkpoint there, or one that is damaged, changed by hand or of a newer format.
     """
-    source = File(folder).absolute()
+    source = Path(folder).absolute()
     check_name("restore_adapter", source, write=False)
     metadata = read_metadata(source)
     for _ in range(READS):
@@ -247,7 +247,7 @@ def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) 
     Raises:
       ValueError: parts of the path can't be used; all of them are listed.
     """
-    parts = File(folder).absolute().parts
+    parts = Path(folder).absolute().parts
     wrong = []
     for n, part in enumerate(parts):
         if "\\" in part:
@@ -288,7 +288,7 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _target(stem: Path, arrays: Mapping[Path, np.ndarray]) -> dict[str, Any]:
+def _target(stem: TreePath, arrays: Mapping[TreePath, np.ndarray]) -> dict[str, Any]:
     rank = arrays[stem + A].shape[-1]
     scaling = arrays[stem + layouts.SCALING].astype(np.float64)
     return {"rank": rank, "alpha": (scaling * rank).tolist(), "scaling": scaling.tolist()}
@@ -298,13 +298,13 @@ def _described(leaf: Any) -> dict[str, Any]:
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
 
 
-def file_digests(folder: File) -> dict[str, str]:
+def file_digests(folder: Path) -> dict[str, str]:
     """A digest of every file under a folder."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): _sha256(file.read_bytes()) for file in files}
 
 
-def file_digest(file: File) -> str | None:
+def file_digest(file: Path) -> str | None:
     """A digest of a file, None where it can't be read."""
     try:
         return _sha256(file.read_bytes()) if file.is_file() else None
@@ -321,7 +321,7 @@ def digest_array(array: np.ndarray) -> str:
     return _sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes())
 
 
-def _fingerprint(base: Mapping[Path, Any], full: list[Path]) -> dict[Path, dict[str, Any]]:
+def _fingerprint(base: Mapping[TreePath, Any], full: list[TreePath]) -> dict[TreePath, dict[str, Any]]:
     """Shape, dtype and a digest of sampled values of every leaf; no values where training replaces them."""
     values = {path: None if path in full else _sample(leaf) for path, leaf in base.items()}
     return {path: _described(leaf) | {"values": values[path]} for path, leaf in base.items()}
@@ -339,7 +339,7 @@ def _sample(leaf: Any) -> str | None:
     return digest_array(np.asarray(leaf[index]))
 
 
-def write_digests(folder: File, names: Iterable[str]) -> None:
+def write_digests(folder: Path, names: Iterable[str]) -> None:
     """Writes the digests of files in a folder into its files.json, in place of those before."""
     content = {"files": {name: _sha256((folder / name).read_bytes()) for name in names}}
     beside = folder / f"{DIGESTS}.tmp"
@@ -347,7 +347,7 @@ def write_digests(folder: File, names: Iterable[str]) -> None:
     beside.replace(folder / DIGESTS)
 
 
-def find_damage(folder: File) -> dict[str, str]:
+def find_damage(folder: Path) -> dict[str, str]:
     """The files of a folder that differ from their digests in its files.json, each "changed" or "missing".
 
     Empty where all of them are whole, and where the folder has no files.json, as before jlora wrote one.
@@ -379,7 +379,7 @@ def digest_json(metadata: Mapping[str, Any]) -> str:
     return _sha256(json.dumps(metadata, sort_keys=True).encode())
 
 
-def _nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
+def _nest(flat: Mapping[TreePath, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")
@@ -390,7 +390,7 @@ def _nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
     return tree
 
 
-def _writable(folder: File) -> None:
+def _writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -399,7 +399,7 @@ def _writable(folder: File) -> None:
         raise JloraValueError("save_adapter", problem, [], "pass a folder you may write to.") from error
 
 
-def _recorded(file: File) -> set[str]:
+def _recorded(file: Path) -> set[str]:
     """The folders of arrays that a record of an earlier save names; none where it is missing or damaged."""
     try:
         content = json.loads(file.read_bytes())
@@ -410,14 +410,14 @@ def _recorded(file: File) -> set[str]:
     return {name for name in names if isinstance(name, str) and ARRAYS.fullmatch(name)}
 
 
-def _remove_arrays(folder: File, name: str) -> None:
+def _remove_arrays(folder: Path, name: str) -> None:
     """Removes a folder of arrays, or what a killed save left of it; never what a link leads to."""
     for path in (folder / name, *folder.glob(f"{name}.orbax-checkpoint-tmp*")):
         if not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(folder: File) -> None:
+def _sync(folder: Path) -> None:
     """Waits until everything under a folder is on the disk, so that the rename after it can't come first."""
     for path in (*folder.rglob("*"), folder, folder.parent):
         descriptor = os.open(path, os.O_RDONLY)
@@ -427,7 +427,7 @@ def _sync(folder: File) -> None:
             os.close(descriptor)
 
 
-def _replace(file: File, text: str) -> None:
+def _replace(file: Path, text: str) -> None:
     new = file.with_suffix(".tmp")
     with new.open("w") as stream:
         stream.write(text)
@@ -441,7 +441,7 @@ def _refuse(problem: str, fix: str, offenders: Iterable[str] = ()) -> ValueError
     return JloraValueError("restore_adapter", problem, offenders, fix)
 
 
-def read_metadata(folder: File) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     file = folder / METADATA
     if not file.is_file():
         raise _refuse(f"'{folder}' holds no {METADATA}.", "pass the folder given to jlora.save_adapter.")
@@ -465,7 +465,7 @@ def read_metadata(folder: File) -> dict[str, Any]:
     return metadata
 
 
-def _check_places(folder: File, metadata: Mapping[str, Any]) -> None:
+def _check_places(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Checks that a record names nothing outside its folder: anyone can write a record, with its digest.
 
     Raises:
@@ -480,7 +480,7 @@ def _check_places(folder: File, metadata: Mapping[str, Any]) -> None:
     else:
         for file in files:
             path = folder / name / file
-            if File(file).is_absolute() or ".." in File(file).parts:
+            if Path(file).is_absolute() or ".." in Path(file).parts:
                 wrong.append(f"files: {file!r}")
             elif not _is_inside(folder, path):
                 wrong.append(f"{file!r}  is a link to {os.path.realpath(path)!r}")
@@ -489,19 +489,19 @@ def _check_places(folder: File, metadata: Mapping[str, Any]) -> None:
         raise _refuse(problem, "don't use this adapter; get it from whoever trained it.", wrong)
 
 
-def _is_inside(folder: File, path: File) -> bool:
+def _is_inside(folder: Path, path: Path) -> bool:
     """Whether a path, its links followed, lies in a folder, or in the hub's cache, whose files are links to blobs."""
     roots = [folder, *(parent.parents[1] / "blobs" for parent in (folder, *folder.parents) if _is_snapshot(parent))]
-    target = File(os.path.realpath(path))
+    target = Path(os.path.realpath(path))
     return any(target.is_relative_to(os.path.realpath(root)) for root in roots)
 
 
-def _is_snapshot(folder: File) -> bool:
+def _is_snapshot(folder: Path) -> bool:
     """Whether a folder is a snapshot in the cache of the Hugging Face hub."""
     return folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
 
 
-def _check_base(base: Mapping[Path, Any], metadata: Mapping[str, Any]) -> None:
+def _check_base(base: Mapping[TreePath, Any], metadata: Mapping[str, Any]) -> None:
     saved, found = metadata["base"], _fingerprint(base, metadata["train"])
     wrong = [
         f"{path!r}  {difference}"
@@ -526,7 +526,7 @@ def _difference(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None
     return "; ".join(parts) or None
 
 
-def _read_arrays(folder: File, metadata: Mapping[str, Any]) -> dict[Path, np.ndarray]:
+def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[TreePath, np.ndarray]:
     folder, again = folder / metadata["arrays"], "restore the files, or save the adapter again."
     found = {name: file_digest(folder / name) for name in metadata["files"]}
     damaged = [

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jlora.errors import JloraValueError
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A
-from jlora.tree.paths import Path, Tree, flatten, map_with_path
+from jlora.tree.paths import Tree, TreePath, flatten, map_with_path
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -55,7 +55,7 @@ def shardings(params: Tree, mesh: Mesh, rules: Rules) -> Tree:
     return map_with_path(lambda path, _: NamedSharding(mesh, specs.get(path, PartitionSpec())), params)
 
 
-def _spec(path: Path, leaf: Any, mesh: Mesh, rules: Rules) -> PartitionSpec:
+def _spec(path: TreePath, leaf: Any, mesh: Mesh, rules: Rules) -> PartitionSpec:
     spec = next((spec for pattern, spec in rules if re.fullmatch(pattern, path)), PartitionSpec())
     # Rules name a kernel's own axes; what stands before them is a stack of layers.
     axes = [None] * (leaf.ndim - len(spec)) + list(spec)
@@ -65,7 +65,7 @@ def _spec(path: Path, leaf: Any, mesh: Mesh, rules: Rules) -> PartitionSpec:
     )
 
 
-def _pair_specs(path: Path, leaves: Mapping[Path, Any], spec: PartitionSpec) -> dict[Path, PartitionSpec]:
+def _pair_specs(path: TreePath, leaves: Mapping[TreePath, Any], spec: PartitionSpec) -> dict[TreePath, PartitionSpec]:
     """The specs of a kernel's adapter."""
     trio = [leaves[path + affix] for affix in AFFIXES]
     layout = layouts.read(leaves[path].shape, *(leaf.shape for leaf in trio))

@@ -13,7 +13,7 @@ from jlora.transform import jaxprs
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation, Recorder
 from jlora.transform.tracing import Structure, check_function, evaluate, take_apart
-from jlora.tree.paths import Path, Tree, refuse_same_paths
+from jlora.tree.paths import Tree, TreePath, refuse_same_paths
 from jlora.tree.wrapping import has_adapter, kernels, replace_kernels
 
 # Traces kept for one adapted function: enough for every bucket of lengths. Beyond it the oldest is dropped, and with
@@ -146,6 +146,6 @@ def _adapted_inputs(tree: Tree) -> Tree:
     return jax.tree.unflatten(treedef, [adapted[names[n]] if n in names else x for n, (_, x) in enumerate(leaves)])
 
 
-def _path(keys: Sequence[Any], *, whole: bool = False) -> Path:
+def _path(keys: Sequence[Any], *, whole: bool = False) -> TreePath:
     """A slash path inside an argument, or with the argument's own place before it."""
     return "/".join(jax.tree_util.keystr((key,), simple=True) for key in keys[0 if whole else 2 :])

@@ -11,11 +11,11 @@ from jlora.transform.registry import Evaluation
 from jlora.transform.tracing import check_function, evaluate, is_array, take_apart
 from jlora.tree import layouts
 from jlora.tree.layouts import Layout
-from jlora.tree.paths import Path, Tree, map_with_path, read_arrays
+from jlora.tree.paths import Tree, TreePath, map_with_path, read_arrays
 from jlora.tree.wrapping import check_names, drop_adapters
 
 
-def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[Path, Layout]:
+def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[TreePath, Layout]:
     """Infers the layout of every kernel from how a function contracts it.
 
     The function is traced once, abstractly; nothing is computed.

@@ -17,7 +17,7 @@ from jlora.errors import JloraTypeError, JloraValueError, count
 
 Tree = Any
 Leaf = Any
-Path = str
+TreePath = str
 
 _ABSENT = object()
 
@@ -114,11 +114,11 @@ def box(like: Leaf, value: Any, axes: tuple[int | None, ...]) -> Leaf:
     return boxed
 
 
-def join_path(path: Path, name: Any) -> Path:
+def join_path(path: TreePath, name: Any) -> TreePath:
     return f"{path}/{name}" if path else str(name)
 
 
-def flatten(tree: Tree, who: str = "jlora") -> dict[Path, Any]:
+def flatten(tree: Tree, who: str = "jlora") -> dict[TreePath, Any]:
     """All arrays of a tree by slash path, unboxed, in the tree's own order.
 
     >>> list(flatten({"dense": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}))
@@ -138,7 +138,7 @@ def flatten(tree: Tree, who: str = "jlora") -> dict[Path, Any]:
     return leaves
 
 
-def _walk(tree: Tree, path: Path) -> Iterator[tuple[Path, Any]]:
+def _walk(tree: Tree, path: TreePath) -> Iterator[tuple[TreePath, Any]]:
     nodes = children(tree)
     if nodes is None:
         value = unbox(tree)
@@ -149,7 +149,7 @@ def _walk(tree: Tree, path: Path) -> Iterator[tuple[Path, Any]]:
         yield from _walk(node, join_path(path, name))
 
 
-def refuse_same_paths(who: str, paths: Iterable[Path]) -> None:
+def refuse_same_paths(who: str, paths: Iterable[TreePath]) -> None:
     """Raises where several arrays have one slash path.
 
     Raises:
@@ -162,7 +162,7 @@ def refuse_same_paths(who: str, paths: Iterable[Path]) -> None:
         raise JloraValueError(who, problem, same, fix)
 
 
-def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[Path, Any]:
+def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[TreePath, Any]:
     """The arrays of a tree that a public function was given, by slash path.
 
     Args:
@@ -184,16 +184,16 @@ def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[Path, Any]:
     return leaves
 
 
-def places(tree: Tree, path: Path = "") -> dict[Path, tuple[Tree, Any]]:
+def places(tree: Tree, path: TreePath = "") -> dict[TreePath, tuple[Tree, Any]]:
     """For every array of a tree, by slash path, the container it is in and its name there."""
-    found: dict[Path, tuple[Tree, Any]] = {}
+    found: dict[TreePath, tuple[Tree, Any]] = {}
     for name, node in (children(tree) or {}).items():
         where = join_path(path, name)
         found |= {where: (tree, name)} if children(node) is None else places(node, where)
     return found
 
 
-def edit(tree: Tree, change: Callable[[Path, dict[Any, Tree]], Mapping[Any, Tree]], path: Path = "") -> Tree:
+def edit(tree: Tree, change: Callable[[TreePath, dict[Any, Tree]], Mapping[Any, Tree]], path: TreePath = "") -> Tree:
     """Rebuilds a tree from the leaves up; `change` gets every container's path and children and gives new children."""
     nodes = children(tree)
     if nodes is None:
@@ -202,7 +202,7 @@ def edit(tree: Tree, change: Callable[[Path, dict[Any, Tree]], Mapping[Any, Tree
     return rebuild(tree, change(path, edited))
 
 
-def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = "") -> Tree:
+def map_with_path(fn: Callable[[TreePath, Any], Any], tree: Tree, path: TreePath = "") -> Tree:
     """Maps arrays, with their slash paths, to whatever `fn` gives; boxes are kept."""
     nodes = children(tree)
     if nodes is None:
@@ -210,7 +210,7 @@ def map_with_path(fn: Callable[[Path, Any], Any], tree: Tree, path: Path = "") -
     return rebuild(tree, {name: map_with_path(fn, node, join_path(path, name)) for name, node in nodes.items()})
 
 
-def partition(tree: Tree, chosen: Callable[[Path, Any], bool]) -> tuple[Tree, Tree]:
+def partition(tree: Tree, chosen: Callable[[TreePath, Any], bool]) -> tuple[Tree, Tree]:
     """Cuts a tree in two: the leaves for which `chosen(path, array)` holds, and all the rest.
 
     Both sides keep the containers' kinds. A container left without a leaf is dropped, except one that was empty
@@ -221,7 +221,7 @@ def partition(tree: Tree, chosen: Callable[[Path, Any], bool]) -> tuple[Tree, Tr
     return whole(yes), whole(no)
 
 
-def _partition(tree: Tree, chosen: Callable[[Path, Any], bool], path: Path) -> tuple[Tree, Tree]:
+def _partition(tree: Tree, chosen: Callable[[TreePath, Any], bool], path: TreePath) -> tuple[Tree, Tree]:
     nodes = children(tree)
     if nodes is None:
         value = unbox(tree)
@@ -234,7 +234,7 @@ def _partition(tree: Tree, chosen: Callable[[Path, Any], bool], path: Path) -> t
     return yes, no
 
 
-def union(left: Tree, right: Tree, path: Path = "") -> Tree:
+def union(left: Tree, right: Tree, path: TreePath = "") -> Tree:
     """Glues what `partition` cut. The containers' kinds are those of `right`.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jlora.errors import JloraTypeError, JloraValueError, count, nearest, quoted
-from jlora.tree.paths import Path
+from jlora.tree.paths import TreePath
 
 Pattern = str | Iterable[str]
 
@@ -25,12 +25,12 @@ class Rule(NamedTuple):
 Targets = Pattern | Mapping[str | tuple[str, ...], int | Rule]
 
 
-def is_kernel(path: Path, value: Any) -> bool:
+def is_kernel(path: TreePath, value: Any) -> bool:
     """Whether a pattern that names a whole module means this leaf of it: two axes or more, no bias, no scale."""
     return len(value.shape) >= 2 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
-def matcher(pattern: Pattern) -> Callable[[Path], bool]:
+def matcher(pattern: Pattern) -> Callable[[TreePath], bool]:
     """The test that a pattern stands for.
 
     A string is a regular expression that must match the whole slash path. A list holds names, each of one or more
@@ -50,7 +50,7 @@ def parts(pattern: Pattern) -> tuple[Pattern, ...]:
     return (pattern,) if isinstance(pattern, str) else tuple((name,) for name in pattern)
 
 
-def resolve(targets: Targets, leaves: Mapping[Path, Any]) -> dict[Path, Rule]:
+def resolve(targets: Targets, leaves: Mapping[TreePath, Any]) -> dict[TreePath, Rule]:
     """The kernels that `targets` names, each with the rule that matched it first.
 
     Raises:
@@ -64,7 +64,7 @@ def resolve(targets: Targets, leaves: Mapping[Path, Any]) -> dict[Path, Rule]:
     return {path: rule for path, rule in first.items() if rule is not None}
 
 
-def select(who: str, patterns: Pattern, paths: Iterable[Path]) -> set[Path]:
+def select(who: str, patterns: Pattern, paths: Iterable[TreePath]) -> set[TreePath]:
     """The paths that `patterns` names, for leaves trained in full; every pattern must match one."""
     if not isinstance(patterns, Iterable):
         fix = "pass a regular expression, or a list of names of modules or leaves."
@@ -79,7 +79,7 @@ def select(who: str, patterns: Pattern, paths: Iterable[Path]) -> set[Path]:
 
 
 def check_matches(
-    who: str, patterns: Iterable[Pattern], paths: list[Path], what: str, kind: str, kinds: str | None = None
+    who: str, patterns: Iterable[Pattern], paths: list[TreePath], what: str, kind: str, kinds: str | None = None
 ) -> None:
     """Raises one error that lists every pattern matching none of `paths`.
 

@@ -17,8 +17,8 @@ from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A, B, Layout
 from jlora.tree.paths import (
     AS_DICT,
-    Path,
     Tree,
+    TreePath,
     box,
     children,
     edit,
@@ -111,14 +111,14 @@ def wrap(
     key = jax.random.key(0) if key is None else key
     stacks = _stacks(rules, {pattern: ls for pattern, ls in (layout or {}).items() if pattern not in leaves})
 
-    def pair(path: Path, kernel: Any) -> tuple[Any, Any, Any]:
+    def pair(path: TreePath, kernel: Any) -> tuple[Any, Any, Any]:
         rule = rules[path]
         scale = rule.alpha / (math.sqrt(rule.rank) if rslora else rule.rank)
         keys = functools.partial(_keys_of, key, path, stacks.get(path))
         make = lambda: _new_pair(kernel.shape, kernel.dtype, told[path], rule.rank, scale, keys, init)
         return jax.eval_shape(make) if isinstance(kernel, jax.ShapeDtypeStruct) else make()
 
-    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+    def change(path: TreePath, nodes: dict[Any, Any]) -> dict[Any, Any]:
         out: dict[Any, Any] = {}
         for name, node in nodes.items():
             out[name] = node
@@ -141,7 +141,7 @@ def _check_kinds(layout: Any, init: Any) -> None:
         raise JloraTypeError("wrap", f"init is of type {type(init).__name__}, not a function.", [], fix)
 
 
-def _check_room(params: Tree, paths: Iterable[Path]) -> None:
+def _check_room(params: Tree, paths: Iterable[TreePath]) -> None:
     """Raises where the leaves of an adapter can't be put beside a kernel."""
     every = places(params)
     found = {path: every.get(path, (None, path)) for path in paths}
@@ -170,14 +170,14 @@ def _check_room(params: Tree, paths: Iterable[Path]) -> None:
         raise JloraValueError("wrap", problem, numbers, "rename the key, or leave it out with targets=.")
 
 
-def _stacks(paths: Iterable[Path], layout: Mapping[str, Layout]) -> dict[Path, int]:
+def _stacks(paths: Iterable[TreePath], layout: Mapping[str, Layout]) -> dict[TreePath, int]:
     """Where the name of the module that holds a stack ends in a kernel's path, for kernels whose layout marks it."""
     patterns = [re.compile(pattern) for pattern in layout]
     found = {path: next(filter(None, (p.fullmatch(path) for p in patterns)), None) for path in paths}
     return {path: match.end("stack") for path, match in found.items() if match and match.groupdict().get("stack")}
 
 
-def _keys_of(key: Key[Array, ""], path: Path, stack: int | None, shape: tuple[int, ...]) -> Key[Array, "*stack"]:
+def _keys_of(key: Key[Array, ""], path: TreePath, stack: int | None, shape: tuple[int, ...]) -> Key[Array, "*stack"]:
     """Keys for the draws of a kernel, one for each place of its stack.
 
     Args:
@@ -216,7 +216,7 @@ def _new_pair(
     return a, jnp.zeros(shape_b, dtype), jnp.full(shape_scaling, scale, dtype)
 
 
-def _given(leaves: Mapping[Path, Any], layout: Mapping[str, Layout]) -> dict[Path, Layout]:
+def _given(leaves: Mapping[TreePath, Any], layout: Mapping[str, Layout]) -> dict[TreePath, Layout]:
     """What `layout` says of each leaf: by its very path, else by the first regular expression that matches it."""
     patterns = {pattern: letters for pattern, letters in layout.items() if pattern not in leaves}
     check_matches("wrap", patterns, list(leaves), "layout", "leaf")
@@ -225,7 +225,7 @@ def _given(leaves: Mapping[Path, Any], layout: Mapping[str, Layout]) -> dict[Pat
     return {path: letters for path, letters in first.items() if letters}
 
 
-def _layouts(leaves: Mapping[Path, Any], given: Mapping[Path, Layout]) -> dict[Path, Layout]:
+def _layouts(leaves: Mapping[TreePath, Any], given: Mapping[TreePath, Layout]) -> dict[TreePath, Layout]:
     """A layout for every leaf that has one: given, else known by name."""
     shapes = {path: tuple(value.shape) for path, value in leaves.items()}
     known = {path: given.get(path) or layouts.known(path, shape, shapes) for path, shape in shapes.items()}
@@ -233,8 +233,8 @@ def _layouts(leaves: Mapping[Path, Any], given: Mapping[Path, Layout]) -> dict[P
 
 
 def _choose(
-    leaves: Mapping[Path, Any], targets: Targets | None, given: Mapping[Path, Layout] | None
-) -> dict[Path, Rule]:
+    leaves: Mapping[TreePath, Any], targets: Targets | None, given: Mapping[TreePath, Layout] | None
+) -> dict[TreePath, Rule]:
     if targets is not None:
         _check_targets(targets)
         return resolve(targets, leaves)
@@ -275,11 +275,11 @@ def _complete(rule: Rule, rank: int, alpha: float | None, cap: int | None) -> _S
     return _Size(own, own if wide is None else wide)
 
 
-def _describe(leaves: Mapping[Path, Any], paths: Iterable[Path]) -> dict[Path, str]:
+def _describe(leaves: Mapping[TreePath, Any], paths: Iterable[TreePath]) -> dict[TreePath, str]:
     return {path: f"{path!r} {leaves[path].dtype}{list(leaves[path].shape)}" for path in paths}
 
 
-def _check_kernels(leaves: Mapping[Path, Any], rules: Iterable[Path], told: Mapping[Path, Layout]) -> None:
+def _check_kernels(leaves: Mapping[TreePath, Any], rules: Iterable[TreePath], told: Mapping[TreePath, Layout]) -> None:
     shape = {path: tuple(leaves[path].shape) for path in rules}
     described = _describe(leaves, rules)
     whole = [described[p] for p in rules if not jnp.issubdtype(leaves[p].dtype, jnp.floating)]
@@ -309,7 +309,7 @@ def _check_kernels(leaves: Mapping[Path, Any], rules: Iterable[Path], told: Mapp
         )
 
 
-def _check_ranks(rules: Mapping[Path, _Size], leaves: Mapping[Path, Any], most: Mapping[Path, int]) -> None:
+def _check_ranks(rules: Mapping[TreePath, _Size], leaves: Mapping[TreePath, Any], most: Mapping[TreePath, int]) -> None:
     described = _describe(leaves, rules)
     odd = [described[p] for p, r in rules.items() if not isinstance(r.rank, int) or isinstance(r.rank, bool)]
     if odd:
@@ -334,12 +334,12 @@ def _check_ranks(rules: Mapping[Path, _Size], leaves: Mapping[Path, Any], most: 
         raise JloraValueError("wrap", "alpha must be above 0 and finite.", wrong, "pass alpha=rank for a scaling of 1.")
 
 
-def adapter_leaf(path: Path) -> bool:
+def adapter_leaf(path: TreePath) -> bool:
     """Whether the path of an array is that of an adapter's leaf: A, B or scaling."""
     return path.endswith(AFFIXES)
 
 
-def is_wrapped(leaves: Iterable[Path]) -> bool:
+def is_wrapped(leaves: Iterable[TreePath]) -> bool:
     """Whether any of the paths of a tree's arrays is that of an adapter's leaf."""
     return any(adapter_leaf(path) for path in leaves)
 
@@ -354,7 +354,7 @@ def _is_adapter_leaf(name: Any, node: Tree) -> bool:
     return adapter_leaf(str(name)) and children(node) is None
 
 
-def _check_unwrapped(who: str, leaves: Mapping[Path, Any]) -> None:
+def _check_unwrapped(who: str, leaves: Mapping[TreePath, Any]) -> None:
     found = [repr(stem) for stem in _stems(leaves) if stem in leaves]
     if found:
         raise JloraValueError(
@@ -365,7 +365,7 @@ def _check_unwrapped(who: str, leaves: Mapping[Path, Any]) -> None:
         )
 
 
-def check_names(who: str, leaves: Mapping[Path, Any]) -> None:
+def check_names(who: str, leaves: Mapping[TreePath, Any]) -> None:
     """Raises where an array of a base has the name of an adapter's leaf, without a kernel that it could belong to.
 
     Raises:
@@ -377,9 +377,9 @@ def check_names(who: str, leaves: Mapping[Path, Any]) -> None:
         raise JloraValueError(who, problem, alone, f"rename what ends in {', '.join(AFFIXES)}.")
 
 
-def _stems(leaves: Iterable[Path]) -> dict[Path, list[Path]]:
+def _stems(leaves: Iterable[TreePath]) -> dict[TreePath, list[TreePath]]:
     """The paths of adapters' leaves by the path of their kernel, whether it is there or not."""
-    found: dict[Path, list[Path]] = {}
+    found: dict[TreePath, list[TreePath]] = {}
     for path in leaves:
         for affix in AFFIXES:
             if path.endswith(affix):
@@ -387,7 +387,7 @@ def _stems(leaves: Iterable[Path]) -> dict[Path, list[Path]]:
     return found
 
 
-def kernels(who: str, params: Tree) -> dict[Path, Layout]:
+def kernels(who: str, params: Tree) -> dict[TreePath, Layout]:
     """The wrapped kernels of a tree with their layouts, in the tree's order.
 
     Raises:
@@ -412,23 +412,23 @@ def kernels(who: str, params: Tree) -> dict[Path, Layout]:
     return {stem: layout for stem, layout in found.items() if layout}
 
 
-def _misfit(stem: Path, leaves: Mapping[Path, Any]) -> str:
+def _misfit(stem: TreePath, leaves: Mapping[TreePath, Any]) -> str:
     shape = lambda path: list(leaves[path].shape) if path in leaves else "missing"
     return f"{stem!r}  " + ", ".join(f"{(a or 'kernel').removeprefix('_')} {shape(stem + a)}" for a in ("", *AFFIXES))
 
 
-def _layout_of(stem: Path, leaves: Mapping[Path, Any]) -> Layout | None:
+def _layout_of(stem: TreePath, leaves: Mapping[TreePath, Any]) -> Layout | None:
     shapes = [tuple(leaves[stem + affix].shape) for affix in ("", *AFFIXES) if stem + affix in leaves]
     return layouts.read(*shapes) if len(shapes) == 4 else None
 
 
-Replace = Callable[[Path, Any, Float[Array, "*axes rank"], Float[Array, "*axes rank"]], Any]
+Replace = Callable[[TreePath, Any, Float[Array, "*axes rank"], Float[Array, "*axes rank"]], Any]
 
 
-def replace_kernels(params: Tree, told: Mapping[Path, Layout], new: Replace) -> Tree:
+def replace_kernels(params: Tree, told: Mapping[TreePath, Layout], new: Replace) -> Tree:
     """Drops the adapters and puts `new(path, kernel, a, b)`, of the aligned pair, in each kernel's place."""
 
-    def change(path: Path, nodes: dict[Any, Any]) -> dict[Any, Any]:
+    def change(path: TreePath, nodes: dict[Any, Any]) -> dict[Any, Any]:
         out = {name: node for name, node in nodes.items() if not _is_adapter_leaf(name, node)}
         for name, node in out.items():
             where = join_path(path, name)
@@ -468,7 +468,7 @@ def merge(params: Tree) -> Tree:
     return replace_kernels(params, told, lambda _, kernel, a, b: layouts.merge_kernel(kernel, a, b))
 
 
-def with_ranks(params: Tree, ranks: Mapping[Path, int]) -> Tree:
+def with_ranks(params: Tree, ranks: Mapping[TreePath, int]) -> Tree:
     """A wrapped tree whose pairs have other ranks: filled up with zeros, or with the last columns cut off.
 
     What is filled up trains as it did: gradients of both halves of the padding are zero, and stay so. Scalings stay.
@@ -483,7 +483,7 @@ def with_ranks(params: Tree, ranks: Mapping[Path, int]) -> Tree:
     told = kernels("with_ranks", params)
     axes = {path + A: -1 for path in told} | {path + B: layouts.rank_axis(layout) for path, layout in told.items()}
 
-    def change(path: Path, leaf: Any) -> Any:
+    def change(path: TreePath, leaf: Any) -> Any:
         stem = next((path[: -len(affix)] for affix in (A, B) if path.endswith(affix)), None)
         if stem is None or stem not in ranks:
             return leaf
@@ -495,7 +495,7 @@ def with_ranks(params: Tree, ranks: Mapping[Path, int]) -> Tree:
     return map_with_path(change, params)
 
 
-def _trains(who: str, params: Tree, train: Pattern) -> Callable[[Path, Any], bool]:
+def _trains(who: str, params: Tree, train: Pattern) -> Callable[[TreePath, Any], bool]:
     """The test for leaves that train: every A and B, and what `train` names."""
     paths = [path for path in flatten(params) if not adapter_leaf(path)]
     full = select(who, train, paths) if train else set()
@@ -592,7 +592,7 @@ class Row(NamedTuple):
       max_rank: the highest rank that the kernel can hold, the smaller of its in and out sizes; None where rank is.
     """
 
-    path: Path
+    path: TreePath
     shape: tuple[int, ...]
     rank: int | None
     scaling: float | None
@@ -655,7 +655,7 @@ def summary(params: Tree, train: Pattern = ()) -> Summary:
     return Summary(tuple(rows), sum(row.trainable for row in rows), total)
 
 
-def _row(path: Path, leaves: Mapping[Path, Any], layout: Layout | None) -> Row:
+def _row(path: TreePath, leaves: Mapping[TreePath, Any], layout: Layout | None) -> Row:
     shape = tuple(leaves[path].shape)
     size = math.prod(shape)
     if layout is None:

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 from http.server import ThreadingHTTPServer
-from pathlib import Path as File
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -485,7 +485,7 @@ def test_the_commands_give_the_advice_too(command, saved, tmp_path, capsys):
             assert words in shown and "\nFix: " in shown and "Traceback" not in shown
         else:
             with pytest.raises(ValueError, match=words):
-                load_adapter(File(name), saved[0])
+                load_adapter(Path(name), saved[0])
 
 
 REVISIONS = """
