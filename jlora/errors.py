@@ -14,16 +14,16 @@ class JloraError(Exception):
     Fix: correct it.
 
     Args:
-      who: the function or command that refuses.
-      problem: what is wrong, in one sentence.
-      offenders: one line for each thing that is wrong.
-      fix: what to do.
+        who: the function or command that refuses.
+        problem: what is wrong, in one sentence.
+        offenders: one line for each thing that is wrong.
+        fix: what to do.
 
     Attributes:
-      who: as given.
-      problem: as given.
-      offenders: as given, as a tuple.
-      fix: as given.
+        who: as given.
+        problem: as given.
+        offenders: as given, as a tuple.
+        fix: as given.
     """
 
     def __init__(self, who: str, problem: str, offenders: Iterable[str], fix: str) -> None:

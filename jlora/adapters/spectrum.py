@@ -26,8 +26,8 @@ class Overlap(NamedTuple):
     """Shares of an update's energy inside the leading singular directions of its kernel, as many as the rank.
 
     Attributes:
-      left: inside those of the input side.
-      right: inside those of the output side.
+        left: inside those of the input side.
+        right: inside those of the output side.
     """
 
     left: Float[np.ndarray, "*stack"]
@@ -39,9 +39,9 @@ class Spectrum:
     """The singular values of one kernel's update, scaling * AB, for every layer of a stack.
 
     Attributes:
-      singular_values: largest first.
-      kernel_norm: Frobenius norm of the kernel itself.
-      overlap: with the kernel's leading directions; None where it was not asked for.
+        singular_values: largest first.
+        kernel_norm: Frobenius norm of the kernel itself.
+        overlap: with the kernel's leading directions; None where it was not asked for.
     """
 
     singular_values: Float[np.ndarray, "*stack rank"]
@@ -53,7 +53,7 @@ class Spectrum:
         """The entropy of the singular values as shares of their sum, as a number of equal ones; 0 for no update.
 
         Source:
-          Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", definition 1.
+            Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality", definition 1.
         """
         return effective_rank(self.singular_values)
 
@@ -84,18 +84,18 @@ def spectrum(params: Tree, *, overlap: bool = False) -> dict[TreePath, Spectrum]
     With A = Q_A R_A and B = R_B^T Q_B^T they are those of the rank x rank matrix scaling * R_A R_B^T.
 
     Args:
-      params: a wrapped tree.
-      overlap: also tell how much of each update lies in its kernel's own leading directions. That takes a singular
-        value decomposition of every kernel, one layer at a time.
+        params: a wrapped tree.
+        overlap: also tell how much of each update lies in its kernel's own leading directions. That takes a singular
+            value decomposition of every kernel, one layer at a time.
 
     Returns:
-      A spectrum for every wrapped kernel, by its path.
+        A spectrum for every wrapped kernel, by its path.
 
     Raises:
-      ValueError: the tree has no adapter, or is abstract.
+        ValueError: the tree has no adapter, or is abstract.
 
     Source:
-      Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3.
+        Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3.
     """
     leaves, found = flatten(params, "spectrum"), {}
     for path, (trio, layout) in _trios("spectrum", params).items():
@@ -228,19 +228,19 @@ def resize(
     their values. A rank above the present one fills up with zeros, which stay zero in training.
 
     Args:
-      params: a wrapped tree.
-      rank: of every kernel, or by path or pattern as in `wrap`'s targets; a kernel that no pattern matches keeps its
-        own, and the first match wins.
-      energy: instead of a rank, the share of each update's squared norm to keep, above 0 and up to 1. Each kernel
-        gets the smallest rank that does; a stack the largest that one of its layers needs.
+        params: a wrapped tree.
+        rank: of every kernel, or by path or pattern as in `wrap`'s targets; a kernel that no pattern matches keeps its
+            own, and the first match wins.
+        energy: instead of a rank, the share of each update's squared norm to keep, above 0 and up to 1. Each kernel
+            gets the smallest rank that does; a stack the largest that one of its layers needs.
 
     Raises:
-      ValueError: neither or both of rank and energy, either out of range, a pattern that matches no wrapped kernel, a
-        tree without adapters, or one with values that are not finite.
-      TypeError: a rank that is no int.
+        ValueError: neither or both of rank and energy, either out of range, a pattern that matches no wrapped kernel, a
+            tree without adapters, or one with values that are not finite.
+        TypeError: a rank that is no int.
 
     Source:
-      Eckart & Young 1936, doi:10.1007/BF02288367.
+        Eckart & Young 1936, doi:10.1007/BF02288367.
     """
     if (rank is None) == (energy is None):
         problem = f"{'neither' if rank is None else 'both'} of rank and energy given."
@@ -321,10 +321,10 @@ def gradient_norms(grads: Tree) -> dict[TreePath, float]:
     B starts at zero, so at the first step A's gradient is zero and the norm is B's alone.
 
     Args:
-      grads: the gradient of the first half of `split`; leaves trained in full are passed over.
+        grads: the gradient of the first half of `split`; leaves trained in full are passed over.
 
     Raises:
-      ValueError: the tree has no gradient of an adapter.
+        ValueError: the tree has no gradient of an adapter.
     """
     squares: dict[TreePath, float] = {}
     for path, leaf in read_arrays("gradient_norms", grads, "grads").items():
@@ -357,18 +357,18 @@ def allocate(
         params = jlora.wrap(jlora.unwrap(params), targets=ranks)
 
     Args:
-      importance: a spectrum or a number from 0 for each wrapped kernel, by its path.
-      params: the wrapped tree, which tells the kernels' sizes.
-      budget: the rank for all that takes as many parameters.
-      low: the least rank of a kernel; where its sizes allow no more, those.
-      high: the most; None for no limit but the kernel's sizes.
+        importance: a spectrum or a number from 0 for each wrapped kernel, by its path.
+        params: the wrapped tree, which tells the kernels' sizes.
+        budget: the rank for all that takes as many parameters.
+        low: the least rank of a kernel; where its sizes allow no more, those.
+        high: the most; None for no limit but the kernel's sizes.
 
     Returns:
-      A rank for each kernel, by a pattern that matches its path alone, as `wrap` and `resize` take it.
+        A rank for each kernel, by a pattern that matches its path alone, as `wrap` and `resize` take it.
 
     Raises:
-      ValueError: kernels missing from `importance` or unknown, numbers that are negative or not finite or all zero,
-        limits out of range, or a budget below what the least ranks take.
+        ValueError: kernels missing from `importance` or unknown, numbers that are negative or not finite or all zero,
+            limits out of range, or a budget below what the least ranks take.
     """
     told, leaves = kernels("allocate", params), flatten(params)
     _check_importance(importance, list(told))

@@ -60,16 +60,16 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     restore from it meanwhile.
 
     Args:
-      folder: made if it isn't there.
-      params: a wrapped tree.
-      train: leaves trained in full beside the adapters, as in `split`.
-      model: the module that reads the tree, or another dataclass; its settings are saved, and `restore_adapter`
-        compares them.
+        folder: made if it isn't there.
+        params: a wrapped tree.
+        train: leaves trained in full beside the adapters, as in `split`.
+        model: the module that reads the tree, or another dataclass; its settings are saved, and `restore_adapter`
+            compares them.
 
     Raises:
-      ValueError: the tree has no adapter, a name in `train` matches nothing, `folder` can't be written to, or its
-        name is one that Orbax can't read back.
-      OSError: the disk gives out while it is written; what was saved before is whole.
+        ValueError: the tree has no adapter, a name in `train` matches nothing, `folder` can't be written to, or its
+            name is one that Orbax can't read back.
+        OSError: the disk gives out while it is written; what was saved before is whole.
     """
     targets = kernels("save_adapter", params)
     leaves = flatten(params)
@@ -110,18 +110,18 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
     """Puts a saved adapter, and the leaves trained in full with it, on the base it was trained on.
 
     Args:
-      folder: what `save_adapter` wrote.
-      base_params: the tree as it was before `wrap`; of leaves trained in full only shape and dtype must fit.
-      model: the module that will read the tree; its settings must be those that the adapter was trained with.
+        folder: what `save_adapter` wrote.
+        base_params: the tree as it was before `wrap`; of leaves trained in full only shape and dtype must fit.
+        model: the module that will read the tree; its settings must be those that the adapter was trained with.
 
     Returns:
-      The wrapped tree as it was saved; training goes on from it as if it had never stopped. Containers and
-      boxes are the base's, and each restored leaf is sharded as its kernel is.
+        The wrapped tree as it was saved; training goes on from it as if it had never stopped. Containers and boxes are
+        the base's, and each restored leaf is sharded as its kernel is.
 
     Raises:
-      ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that
-        is already wrapped or not the one the adapter was trained on, with the leaves or settings that differ; a name
-        of `folder` that Orbax can't read.
+        ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that is
+            already wrapped or not the one the adapter was trained on, with the leaves or settings that differ; a name
+            of `folder` that Orbax can't read.
     """
     base = read_arrays("restore_adapter", base_params, "base_params")
     if is_wrapped(base):
@@ -158,11 +158,11 @@ def read_adapter(
     """The record and the arrays of a saved adapter, both of one save.
 
     Args:
-      folder: what `save_adapter` wrote.
-      check: called with the record before its arrays are read; raises where they are of no use.
+        folder: what `save_adapter` wrote.
+        check: called with the record before its arrays are read; raises where they are of no use.
 
     Raises:
-      ValueError: no checkpoint there, or one that is damaged, changed by hand or of a newer format.
+        ValueError: no checkpoint there, or one that is damaged, changed by hand or of a newer format.
     """
     source = Path(folder).absolute()
     check_name("restore_adapter", source, write=False)
@@ -185,10 +185,10 @@ def describe_model(model: Any) -> dict[str, Any] | None:
     """The settings that a model's outputs depend on beside its parameters, as JSON; None for no model.
 
     Args:
-      model: a Flax module or another dataclass. Left out are its dtypes, how it is compiled, and where it comes from.
+        model: a Flax module or another dataclass. Left out are its dtypes, how it is compiled, and where it comes from.
 
     Raises:
-      TypeError: the model is not a dataclass.
+        TypeError: the model is not a dataclass.
     """
     if model is None:
         return None
@@ -208,12 +208,12 @@ def check_model(who: str, saved: Mapping[str, Any] | None, model: Any) -> None:
     """Checks that a model has the settings that were saved; settings that only one of the two has do not count.
 
     Args:
-      who: the caller, for the error.
-      saved: what `describe_model` returned; None where nothing was saved.
-      model: the model now; None where it is not known.
+        who: the caller, for the error.
+        saved: what `describe_model` returned; None where nothing was saved.
+        model: the model now; None where it is not known.
 
     Raises:
-      ValueError: settings differ; all of them are listed.
+        ValueError: settings differ; all of them are listed.
     """
     now = describe_model(model)
     wrong = list(_changes(saved, now)) if saved and now else []
@@ -240,12 +240,12 @@ def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) 
     the files that it has just written with a glob pattern.
 
     Args:
-      who: the caller, for the error.
-      folder: the folder's path; it need not exist.
-      write: whether it will be written to: a glob pattern can be read.
+        who: the caller, for the error.
+        folder: the folder's path; it need not exist.
+        write: whether it will be written to: a glob pattern can be read.
 
     Raises:
-      ValueError: parts of the path can't be used; all of them are listed.
+        ValueError: parts of the path can't be used; all of them are listed.
     """
     parts = Path(folder).absolute().parts
     wrong = []
@@ -268,7 +268,7 @@ def writing(who: str, problem: str, fix: str) -> Iterator[None]:
     """Gives what goes wrong with the disk, in whichever library's form, as one error.
 
     Raises:
-      OSError: something can't be written.
+        OSError: something can't be written.
     """
     try:
         yield
@@ -469,7 +469,7 @@ def _check_places(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Checks that a record names nothing outside its folder: anyone can write a record, with its digest.
 
     Raises:
-      ValueError: a path in it is absolute, climbs, or is a link that leads outside; all of them are listed.
+        ValueError: a path in it is absolute, climbs, or is a link that leads outside; all of them are listed.
     """
     name, files = metadata["arrays"], metadata["files"]
     wrong = []

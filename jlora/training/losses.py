@@ -40,19 +40,18 @@ def cross_entropy(
             return cross_entropy(head, params, features(params, batch["ids"]), batch["labels"])
 
     Args:
-      logits_fn: gives logits for rows of `hidden`, each row by itself; must not close over what is
-        differentiated.
-      params: passed on to `logits_fn`, wrapped or not.
-      hidden: features of every token.
-      labels: right class of every token; not read where the weight is 0.
-      weights: how much every token counts, a constant to differentiation; None means 1 for all.
-      chunk: tokens to a chunk.
+        logits_fn: gives logits for rows of `hidden`, each row by itself; must not close over what is differentiated.
+        params: passed on to `logits_fn`, wrapped or not.
+        hidden: features of every token.
+        labels: right class of every token; not read where the weight is 0.
+        weights: how much every token counts, a constant to differentiation; None means 1 for all.
+        chunk: tokens to a chunk.
 
     Returns:
-      sum(weights * losses) / sum(weights) in float32 or wider; 0 where all weights are 0.
+        sum(weights * losses) / sum(weights) in float32 or wider; 0 where all weights are 0.
 
     Raises:
-      ValueError: shapes that don't fit each other, no tokens, chunk below 1.
+        ValueError: shapes that don't fit each other, no tokens, chunk below 1.
     """
     _check(hidden, labels, weights, chunk)
     tokens = labels.size

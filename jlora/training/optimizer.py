@@ -20,17 +20,17 @@ def optimizer(tx: optax.GradientTransformation, params: Tree, train: Pattern = (
     their updates.
 
     Args:
-      tx: any optax chain.
-      params: a wrapped tree, concrete or abstract; gradients and parameters must have its structure.
-      train: leaves trained in full beside the adapters, as in `split`.
+        tx: any optax chain.
+        params: a wrapped tree, concrete or abstract; gradients and parameters must have its structure.
+        train: leaves trained in full beside the adapters, as in `split`.
 
     Returns:
-      A transformation whose update for a frozen leaf is -0.0: the one number that leaves every x as it is,
-      -0.0 included, when `optax.apply_updates` adds it. (Outside of jit, a sum on the CPU flushes subnormal
-      numbers to zero; inside, XLA drops the sum.)
+        A transformation whose update for a frozen leaf is -0.0: the one number that leaves every x as it is, -0.0
+        included, when `optax.apply_updates` adds it. (Outside of jit, a sum on the CPU flushes subnormal numbers to
+        zero; inside, XLA drops the sum.)
 
     Raises:
-      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+        ValueError: the tree has no adapter, or a name in `train` matches nothing.
     """
     kernels("optimizer", params)
     trains = mask(params, train)

@@ -27,11 +27,11 @@ class TrainState:
     """All that changes while training.
 
     Attributes:
-      step: steps taken, skipped ones included.
-      adapters: what trains, the first half of `split`.
-      opt_state: the optimizer's state for `adapters`.
-      key: the run's PRNG key; a step folds its number into it.
-      skipped: steps whose update was left out because the loss or a gradient was not finite.
+        step: steps taken, skipped ones included.
+        adapters: what trains, the first half of `split`.
+        opt_state: the optimizer's state for `adapters`.
+        key: the run's PRNG key; a step folds its number into it.
+        skipped: steps whose update was left out because the loss or a gradient was not finite.
     """
 
     step: Int[Array, ""]
@@ -45,9 +45,9 @@ class TrainState:
         """The state before the first step.
 
         Args:
-          adapters: the first half of `split`; copied, because a step donates its state.
-          tx: the optimizer, for `adapters` alone.
-          key: the run's PRNG key.
+            adapters: the first half of `split`; copied, because a step donates its state.
+            tx: the optimizer, for `adapters` alone.
+            key: the run's PRNG key.
         """
         zero = jnp.zeros((), jnp.int32)
         state = cls(step=zero, adapters=adapters, opt_state=tx.init(adapters), key=key, skipped=zero)
@@ -75,22 +75,22 @@ def make_train_step(
             state, metrics = step(state, base, batch)
 
     Args:
-      loss_fn: `loss_fn(params, batch, key) -> loss` or `(loss, aux)`, with `loss` a scalar and `aux` a dict
-        of metrics. It must be a mean over the rows of the batch, or accumulating changes its meaning.
-      tx: an optimizer for the adapters. It is told the loss as `value=`, which `reduce_on_plateau` needs.
-      accumulate: micro-batches a batch is cut into, along the leading axis of every leaf; micro-batch i takes
-        the rows i, i + accumulate, and so on, and a key of its own. Gradients are summed in float32.
-      clip: largest global norm of the gradient over all that trains; None means no clipping.
+        loss_fn: `loss_fn(params, batch, key) -> loss` or `(loss, aux)`, with `loss` a scalar and `aux` a dict of
+            metrics. It must be a mean over the rows of the batch, or accumulating changes its meaning.
+        tx: an optimizer for the adapters. It is told the loss as `value=`, which `reduce_on_plateau` needs.
+        accumulate: micro-batches a batch is cut into, along the leading axis of every leaf; micro-batch i takes the
+            rows i, i + accumulate, and so on, and a key of its own. Gradients are summed in float32.
+        clip: largest global norm of the gradient over all that trains; None means no clipping.
 
     Returns:
-      The step. Its metrics are `loss`, `grad_norm` (before clipping, in float32), `skipped` (so far) and what
-      `aux` holds: over micro-batches floats are averaged and integers, being counts, summed. A loss or
-      gradient norm that is not finite leaves adapters and optimizer state as they were; the step counts.
+        The step. Its metrics are `loss`, `grad_norm` (before clipping, in float32), `skipped` (so far) and what `aux`
+        holds: over micro-batches floats are averaged and integers, being counts, summed. A loss or gradient norm that
+        is not finite leaves adapters and optimizer state as they were; the step counts.
 
     Raises:
-      ValueError: `accumulate` or `clip` is out of range; at the first call, a batch that can't be cut evenly,
-        a loss that never reads the adapters, or an aux that uses the name of another metric.
-      TypeError: at the first call, a loss that is no floating scalar, or an aux that is no dict.
+        ValueError: `accumulate` or `clip` is out of range; at the first call, a batch that can't be cut evenly, a loss
+            that never reads the adapters, or an aux that uses the name of another metric.
+        TypeError: at the first call, a loss that is no floating scalar, or an aux that is no dict.
 
     At any call, a state that an earlier call donated is a ValueError.
     """

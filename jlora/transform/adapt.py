@@ -43,19 +43,19 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
         logits = jlora.adapt(model.apply)({"params": jlora.wrap(params)}, x)
 
     Args:
-      fn: any JAX function of pytrees, to pytrees. Arguments that are not arrays, Python numbers among them, are
-        static: another value is another trace, and one that can't be hashed is traced at each call.
-      dropout: rate of dropout on what the adapter of a matmul, convolution or expert reads, in calls that pass
-        `lora_key`. Gradients are then taken of the adapted function: one taken inside `fn` would draw new masks.
-      materialize: use W + s AB where a kernel meets an operation that has no low-rank form, instead of an error.
+        fn: any JAX function of pytrees, to pytrees. Arguments that are not arrays, Python numbers among them, are
+            static: another value is another trace, and one that can't be hashed is traced at each call.
+        dropout: rate of dropout on what the adapter of a matmul, convolution or expert reads, in calls that pass
+            `lora_key`. Gradients are then taken of the adapted function: one taken inside `fn` would draw new masks.
+        materialize: use W + s AB where a kernel meets an operation that has no low-rank form, instead of an error.
 
     Returns:
-      A function of the same arguments, and of `lora_key`, a PRNG key for dropout; without it nothing is dropped.
+        A function of the same arguments, and of `lora_key`, a PRNG key for dropout; without it nothing is dropped.
 
     Raises:
-      TypeError: `fn` is not a function.
-      ValueError: `dropout` outside [0, 1); when called: a kernel used in a way that has no low-rank form (all such
-        uses are listed, with their lines), or adapter leaves without their kernel.
+        TypeError: `fn` is not a function.
+        ValueError: `dropout` outside [0, 1); when called: a kernel used in a way that has no low-rank form (all such
+            uses are listed, with their lines), or adapter leaves without their kernel.
     """
     check_function("adapt", fn)
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:

@@ -22,12 +22,12 @@ def contract_factors(
     """Contracts x with one factor and the result with the other; the two factors are never multiplied.
 
     Args:
-      x: its axes are labeled 0, 1, ...
-      factors: a and b, aligned with the kernel.
-      labels: of the kernel's axes; an axis shared with x has the label of x's axis.
-      out: labels of the result.
-      precision: of the products.
-      dtype: of the result.
+        x: its axes are labeled 0, 1, ...
+        factors: a and b, aligned with the kernel.
+        labels: of the kernel's axes; an axis shared with x has the label of x's axis.
+        out: labels of the result.
+        precision: of the products.
+        dtype: of the result.
     """
     rank = max([x.ndim - 1, *labels]) + 1
     operands = []
@@ -66,7 +66,7 @@ def parse_einsum(subscripts: str, x_ndim: int, w_ndim: int) -> tuple[list[int], 
     ([2, 3], [0, 1, 3])
 
     Raises:
-      ValueError: not two operands and an output, or labels that do not fit the numbers of axes.
+        ValueError: not two operands and an output, or labels that do not fit the numbers of axes.
     """
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     x_names, comma, w_names = inputs.partition(",")

@@ -21,18 +21,18 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[TreeP
     The function is traced once, abstractly; nothing is computed.
 
     Args:
-      fn: called as `fn(params, *args)`.
-      params: the tree, concrete or abstract, without adapters.
-      *args: example arguments; only shapes and dtypes matter.
+        fn: called as `fn(params, *args)`.
+        params: the tree, concrete or abstract, without adapters.
+        *args: example arguments; only shapes and dtypes matter.
 
     Returns:
-      For every leaf that a matmul, a convolution or a lookup reads, one letter per axis: `s` stack, `i` in, `o` out,
-      `v` the rows of a table that is looked up. A leaf read in several ways has the layout of the first, and is a
-      table if any of them is a lookup; one whose axes can't be told apart is left out.
+        For every leaf that a matmul, a convolution or a lookup reads, one letter per axis: `s` stack, `i` in, `o` out,
+        `v` the rows of a table that is looked up. A leaf read in several ways has the layout of the first, and is a
+        table if any of them is a lookup; one whose axes can't be told apart is left out.
 
     Raises:
-      TypeError: `fn` is not a function, or `params` is not a tree.
-      ValueError: no arrays, arrays with one slash path, or one with the name of an adapter's leaf.
+        TypeError: `fn` is not a function, or `params` is not a tree.
+        ValueError: no arrays, arrays with one slash path, or one with the name of an adapter's leaf.
     """
     check_function("infer_layout", fn)
     given = read_arrays("infer_layout", params)

@@ -28,8 +28,8 @@ class FunctionSource(NamedTuple):
     """The place where a function is defined, which identifies it in a jaxpr.
 
     Attributes:
-      file: path of the source file.
-      line: of its first line, decorators included.
+        file: path of the source file.
+        line: of its first line, decorators included.
     """
 
     file: str
@@ -257,11 +257,11 @@ def unread(fn: Callable[..., Any], *args: Any) -> set[int]:
     """Which inputs of a function no output of it depends on.
 
     Args:
-      fn: any function of pytrees of arrays.
-      *args: its arguments, concrete or abstract.
+        fn: any function of pytrees of arrays.
+        *args: its arguments, concrete or abstract.
 
     Returns:
-      Indices in the order of `jax.tree.leaves(args)`.
+        Indices in the order of `jax.tree.leaves(args)`.
     """
     closed = body(jax.make_jaxpr(fn)(*args))
     needed = _needed(closed.jaxpr, [True] * len(closed.jaxpr.outvars))

@@ -24,12 +24,12 @@ class AdaptedKernel:
     into b.
 
     Attributes:
-      kernel: (*axes), the frozen kernel under this view.
-      factors: a and b, each (*axes, rank). Empty while layouts are inferred: every method works for both cases, so
-        a rule does not distinguish them.
-      path: slash path of the kernel in the parameter tree.
-      tree_ndim: number of axes of the kernel in the parameter tree.
-      axes: for every axis of the view, the axes of the kernel in the tree that it contains.
+        kernel: (*axes), the frozen kernel under this view.
+        factors: a and b, each (*axes, rank). Empty while layouts are inferred: every method works for both cases, so a
+            rule does not distinguish them.
+        path: slash path of the kernel in the parameter tree.
+        tree_ndim: number of axes of the kernel in the parameter tree.
+        axes: for every axis of the view, the axes of the kernel in the tree that it contains.
     """
 
     kernel: Float[Array, "*axes"]
@@ -55,9 +55,9 @@ class AdaptedKernel:
         """Transforms the kernel and both factors alike.
 
         Args:
-          kernel: the transformed kernel.
-          change: does to a factor, which has the rank as one more axis at the end, what was done to the kernel.
-          axes: for every axis of the new view, the axes in the tree that it contains; None where they stay the same.
+            kernel: the transformed kernel.
+            change: does to a factor, which has the rank as one more axis at the end, what was done to the kernel.
+            axes: for every axis of the new view, the axes in the tree that it contains; None where they stay the same.
         """
         factors = tuple(map(change, self.factors))
         return replace(self, kernel=kernel, factors=factors, axes=self.axes if axes is None else tuple(axes))

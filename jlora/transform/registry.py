@@ -38,9 +38,9 @@ class PrimitiveRule(NamedTuple):
     """A registered rule.
 
     Attributes:
-      apply: called as `apply(call, *operands)`.
-      operands: the operands that may be adapted kernels; None for any.
-      summary: the first line of the rule's docstring.
+        apply: called as `apply(call, *operands)`.
+        operands: the operands that may be adapted kernels; None for any.
+        summary: the first line of the rule's docstring.
     """
 
     apply: RuleFn
@@ -68,16 +68,17 @@ def register_rule(target: Any, *, operands: int | Sequence[int] | None = None) -
             return call(x, w.kernel) + call.einsum("bi,io->bo", x, w)
 
     Args:
-      target: a JAX primitive, the name of one, or a function decorated with `jax.custom_vjp` or `jax.custom_jvp`. Such
-        a function is identified by the place where it is defined, so functions made by one factory share a rule.
-      operands: positions of the operands that may be adapted kernels. Any other adapted operand is refused before the
-        rule is called. None allows all of them.
+        target: a JAX primitive, the name of one, or a function decorated with `jax.custom_vjp` or `jax.custom_jvp`.
+            Such a function is identified by the place where it is defined, so functions made by one factory share a
+            rule.
+        operands: positions of the operands that may be adapted kernels. Any other adapted operand is refused before the
+            rule is called. None allows all of them.
 
     Returns:
-      A decorator that returns the rule unchanged. The last registration for a target wins.
+        A decorator that returns the rule unchanged. The last registration for a target wins.
 
     Raises:
-      TypeError: `target` is not one of these.
+        TypeError: `target` is not one of these.
     """
     names = _names_of(target)
     positions = (operands,) if isinstance(operands, int) else None if operands is None else tuple(operands)
@@ -109,8 +110,8 @@ class Recorder:
     """What an evaluation collects: refused uses, and how kernels were contracted.
 
     Attributes:
-      refusals: one line for every use of a kernel that has no low-rank form; the evaluation goes on, to find all.
-      reads: path, and one letter for every axis of the kernel in the tree.
+        refusals: one line for every use of a kernel that has no low-rank form; the evaluation goes on, to find all.
+        reads: path, and one letter for every axis of the kernel in the tree.
     """
 
     def __init__(self) -> None:
@@ -128,10 +129,10 @@ class Evaluation:
     """The settings of one evaluation of a jaxpr.
 
     Attributes:
-      recorder: what is collected.
-      dropout: rate for the input of A.
-      key: PRNG key of dropout; None for no dropout.
-      where: the user's line that the enclosing equation came from.
+        recorder: what is collected.
+        dropout: rate for the input of A.
+        key: PRNG key of dropout; None for no dropout.
+        where: the user's line that the enclosing equation came from.
     """
 
     recorder: Recorder = field(default_factory=Recorder)
@@ -162,8 +163,8 @@ class Call:
     """One use of an operation that an adapted kernel enters: what a rule works with.
 
     Attributes:
-      equation: of the jaxpr.
-      evaluation: the settings of the enclosing evaluation.
+        equation: of the jaxpr.
+        evaluation: the settings of the enclosing evaluation.
     """
 
     equation: Equation
@@ -186,10 +187,11 @@ class Call:
         """The low-rank term of `jnp.einsum(subscripts, x, w)`, (x A) B, with dropout where it is on.
 
         Args:
-          subscripts: as of `jnp.einsum`, with both operands and the output; an ellipsis may stand in x and the output.
-          x: the operand beside the kernel.
-          w: the adapted kernel.
-          precision: of the products.
+            subscripts: as of `jnp.einsum`, with both operands and the output; an ellipsis may stand in x and the
+                output.
+            x: the operand beside the kernel.
+            w: the adapted kernel.
+            precision: of the products.
         """
         labels, out = parse_einsum(subscripts, x.ndim, w.ndim)
         return self.contract(x, w, labels, out, precision=precision)
@@ -209,12 +211,12 @@ class Call:
         Source: Hu et al. 2021, arXiv:2106.09685, equation 3, for any labeling of the axes.
 
         Args:
-          x: an array whose axes are labeled 0, 1, ...
-          w: the adapted kernel.
-          labels: one for every axis of w; an axis shared with x has the label of x's axis.
-          out: labels of the result; a label of x that is missing here is contracted.
-          precision: of the products.
-          dtype: of the result; None for the promoted dtype of x and the kernel.
+            x: an array whose axes are labeled 0, 1, ...
+            w: the adapted kernel.
+            labels: one for every axis of w; an axis shared with x has the label of x's axis.
+            out: labels of the result; a label of x that is missing here is contracted.
+            precision: of the products.
+            dtype: of the result; None for the promoted dtype of x and the kernel.
         """
         dtype = jnp.result_type(x, w.kernel) if dtype is None else dtype
         roles = ["o" if label >= x.ndim else "s" if label in out else "i" for label in labels]
@@ -225,9 +227,9 @@ class Call:
         """The result of a contraction that `contract` can't express: `product(a, b)` of the aligned factors.
 
         Args:
-          w: the adapted kernel.
-          roles: for every axis of w "i" (contracted), "o" (produced), "s" (kept apart) or "v" (rows looked up).
-          product: computes the low-rank term; may call `refuse`.
+            w: the adapted kernel.
+            roles: for every axis of w "i" (contracted), "o" (produced), "s" (kept apart) or "v" (rows looked up).
+            product: computes the low-rank term; may call `refuse`.
         """
         if w.factors:
             return product(*w.factors)

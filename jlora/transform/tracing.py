@@ -31,7 +31,7 @@ def check_function(who: str, fn: Any) -> None:
     """Raises where a public function was not given a function.
 
     Raises:
-      TypeError: names the type of what was given.
+        TypeError: names the type of what was given.
     """
     if not callable(fn):
         fix = "pass the function that reads the parameters, as model.apply."
@@ -53,7 +53,7 @@ def evaluate(evaluation: Evaluation, fn: Callable[[Any], Any], inputs: Any) -> t
     """Traces `fn` on the plain arrays of `inputs` and evaluates the trace with the adapted kernels in their places.
 
     Returns:
-      The arrays that `fn` returns, and the structure of its output.
+        The arrays that `fn` returns, and the structure of its output.
     """
     values, structure = take_apart(inputs)
     out: list[Structure] = []

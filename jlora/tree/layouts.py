@@ -40,9 +40,9 @@ def known(path: str, shape: Shape, siblings: Mapping[str, Shape]) -> Layout | No
     Dense called `out` is not taken for one.
 
     Args:
-      path: the kernel's slash path.
-      shape: the kernel's shape.
-      siblings: shapes by path, of the whole tree.
+        path: the kernel's slash path.
+        shape: the kernel's shape.
+        siblings: shapes by path, of the whole tree.
     """
     if len(shape) == 2:
         return "vo" if path.rsplit("/", 1)[-1] == "embedding" else "io"

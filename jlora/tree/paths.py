@@ -71,7 +71,7 @@ def rebuild(like: Tree, nodes: Mapping[Any, Tree]) -> Tree:
     Only a mapping takes names that `like` does not have. Where another container lacks a node it holds None.
 
     Raises:
-      ValueError: new names for a container that is not a mapping.
+        ValueError: new names for a container that is not a mapping.
     """
     if isinstance(like, dict):
         # A copy keeps what a subclass holds besides: defaultdict's factory.
@@ -102,10 +102,10 @@ def box(like: Leaf, value: Any, axes: tuple[int | None, ...]) -> Leaf:
     """Puts `value` in a box of the same kind as `like`.
 
     Args:
-      like: the leaf beside which the new one will stand.
-      value: an array, or its abstract form.
-      axes: for every axis of `value` the axis of `like` it stands for, or None. A box that names its axes
-        (linen's Partitioned) hands the names on, so sharding rules hold for the new leaf too.
+        like: the leaf beside which the new one will stand.
+        value: an array, or its abstract form.
+        axes: for every axis of `value` the axis of `like` it stands for, or None. A box that names its axes (linen's
+            Partitioned) hands the names on, so sharding rules hold for the new leaf too.
     """
     boxed = jax.tree.unflatten(jax.tree.structure(like), [value])
     names = getattr(like, "names", None)
@@ -125,11 +125,11 @@ def flatten(tree: Tree, who: str = "jlora") -> dict[TreePath, Any]:
     ['dense/kernel', 'dense/bias']
 
     Args:
-      tree: any pytree.
-      who: the public function that an error names.
+        tree: any pytree.
+        who: the public function that an error names.
 
     Raises:
-      ValueError: two arrays have one path, as those of the keys "a/b" and "a" -> "b" do, or of 0 and "0".
+        ValueError: two arrays have one path, as those of the keys "a/b" and "a" -> "b" do, or of 0 and "0".
     """
     pairs = list(_walk(tree, ""))
     leaves = dict(pairs)
@@ -153,7 +153,7 @@ def refuse_same_paths(who: str, paths: Iterable[TreePath]) -> None:
     """Raises where several arrays have one slash path.
 
     Raises:
-      ValueError: all such paths are listed.
+        ValueError: all such paths are listed.
     """
     same = [f"{path!r}  {number} arrays" for path, number in Counter(paths).items() if number > 1]
     if same:
@@ -166,13 +166,13 @@ def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[TreePath, An
     """The arrays of a tree that a public function was given, by slash path.
 
     Args:
-      who: the public function.
-      tree: what it was given.
-      name: of the argument.
+        who: the public function.
+        tree: what it was given.
+        name: of the argument.
 
     Raises:
-      TypeError: it is not a tree: None, a number, a function.
-      ValueError: it has no arrays, or two of them have one path.
+        TypeError: it is not a tree: None, a number, a function.
+        ValueError: it has no arrays, or two of them have one path.
     """
     leaves = flatten(tree, who)
     if not leaves and children(tree) is None:
@@ -238,7 +238,7 @@ def union(left: Tree, right: Tree, path: TreePath = "") -> Tree:
     """Glues what `partition` cut. The containers' kinds are those of `right`.
 
     Raises:
-      ValueError: a leaf stands on both sides.
+        ValueError: a leaf stands on both sides.
     """
     if left is None or right is None:
         return right if left is None else left

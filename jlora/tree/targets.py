@@ -14,8 +14,8 @@ class Rule(NamedTuple):
     """What a kernel's adapter is; a field left None takes wrap's own.
 
     Attributes:
-      rank: columns of A and rows of B.
-      alpha: numerator of the scaling; None means wrap's alpha, and that failing, the rule's rank.
+        rank: columns of A and rows of B.
+        alpha: numerator of the scaling; None means wrap's alpha, and that failing, the rule's rank.
     """
 
     rank: int | None = None
@@ -54,7 +54,7 @@ def resolve(targets: Targets, leaves: Mapping[TreePath, Any]) -> dict[TreePath, 
     """The kernels that `targets` names, each with the rule that matched it first.
 
     Raises:
-      ValueError: a pattern matches no kernel; all such patterns are listed, with the nearest paths.
+        ValueError: a pattern matches no kernel; all such patterns are listed, with the nearest paths.
     """
     rules = targets if isinstance(targets, Mapping) else {_frozen(targets): Rule()}
     kernels = [path for path, value in leaves.items() if is_kernel(path, value)]
@@ -84,7 +84,7 @@ def check_matches(
     """Raises one error that lists every pattern matching none of `paths`.
 
     Raises:
-      ValueError: a pattern matches nothing, or is no regular expression.
+        ValueError: a pattern matches nothing, or is no regular expression.
     """
     lost: list[str] = []
     for pattern in patterns:

@@ -64,36 +64,36 @@ def wrap(
                    "bias": f32[128]}}
 
     Args:
-      params: nested mappings of arrays, concrete or abstract (`jax.eval_shape`). Lists, tuples and objects of classes
-        registered with JAX may be among the containers, but a kernel to wrap must be in a mapping.
-      rank: columns of A and rows of B, from 1 to the smaller of a kernel's in and out sizes.
-      alpha: the update is scaled by alpha / rank. None means alpha = rank, that is a scaling of 1.
-      targets: a string is a regular expression that must match a whole slash path; a list holds names of modules or
-        leaves, as in PEFT's target_modules; a dict maps either (a list as a tuple) to a rank or a `Rule`, and the
-        first match wins. None means every leaf named `kernel`, or with `layout` every leaf in it that a matmul or a
-        convolution contracts.
-      layout: what `infer_layout` gave, or layouts of your own by slash path or regular expression: one letter an
-        axis, `s` stack, `i` in, `o` out, `v` the rows of a table looked up. A regular expression may mark the module
-        that holds a stack, as in `(?P<stack>layers)/.*/kernel`: layer n is then drawn as the kernel of `layers_n`
-        would be, so that stacked layers start as the same layers one by one do.
-      key: seeds A; a kernel's draw depends on the key and its path alone. None means `jax.random.key(0)`.
-      rslora: scale by alpha / sqrt(rank) instead.
-      init: draws A as a (fan_in, rank) matrix for each stacked kernel, with the arguments of
-        `jax.nn.initializers`: key, shape, dtype.
-      cap_rank: a kernel without room for its rank gets the highest rank it can hold, instead of an error. The capped
-        rank is the one that alpha is divided by. `summary` marks these kernels.
+        params: nested mappings of arrays, concrete or abstract (`jax.eval_shape`). Lists, tuples and objects of classes
+            registered with JAX may be among the containers, but a kernel to wrap must be in a mapping.
+        rank: columns of A and rows of B, from 1 to the smaller of a kernel's in and out sizes.
+        alpha: the update is scaled by alpha / rank. None means alpha = rank, that is a scaling of 1.
+        targets: a string is a regular expression that must match a whole slash path; a list holds names of modules or
+            leaves, as in PEFT's target_modules; a dict maps either (a list as a tuple) to a rank or a `Rule`, and the
+            first match wins. None means every leaf named `kernel`, or with `layout` every leaf in it that a matmul or a
+            convolution contracts.
+        layout: what `infer_layout` gave, or layouts of your own by slash path or regular expression: one letter an
+            axis, `s` stack, `i` in, `o` out, `v` the rows of a table looked up. A regular expression may mark the
+            module that holds a stack, as in `(?P<stack>layers)/.*/kernel`: layer n is then drawn as the kernel of
+            `layers_n` would be, so that stacked layers start as the same layers one by one do.
+        key: seeds A; a kernel's draw depends on the key and its path alone. None means `jax.random.key(0)`.
+        rslora: scale by alpha / sqrt(rank) instead.
+        init: draws A as a (fan_in, rank) matrix for each stacked kernel, with the arguments of `jax.nn.initializers`:
+            key, shape, dtype.
+        cap_rank: a kernel without room for its rank gets the highest rank it can hold, instead of an error. The capped
+            rank is the one that alpha is divided by. `summary` marks these kernels.
 
     Returns:
-      The tree with the new leaves; containers and boxes keep their kinds. Leaves of a float16 or bfloat16 kernel's
-      adapter are float32, else they have the kernel's dtype.
+        The tree with the new leaves; containers and boxes keep their kinds. Leaves of a float16 or bfloat16 kernel's
+        adapter are float32, else they have the kernel's dtype.
 
     Raises:
-      ValueError: an empty tree, one already wrapped, arrays with one path, a target that matches nothing, a kernel
-        that no leaf can be put beside, or whose layout is unknown, integer kernels, a rank or alpha out of range.
-      TypeError: `params` is not a tree, a rank is not an int.
+        ValueError: an empty tree, one already wrapped, arrays with one path, a target that matches nothing, a kernel
+            that no leaf can be put beside, or whose layout is unknown, integer kernels, a rank or alpha out of range.
+        TypeError: `params` is not a tree, a rank is not an int.
 
     Source:
-      Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+        Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
     """
     leaves = read_arrays("wrap", params)
     _check_unwrapped("wrap", leaves)
@@ -181,10 +181,10 @@ def _keys_of(key: Key[Array, ""], path: TreePath, stack: int | None, shape: tupl
     """Keys for the draws of a kernel, one for each place of its stack.
 
     Args:
-      key: of the whole tree.
-      path: of the kernel.
-      stack: where the name of the module that holds the stack ends in the path; None where it is not marked.
-      shape: of the stack.
+        key: of the whole tree.
+        path: of the kernel.
+        stack: where the name of the module that holds the stack ends in the path; None where it is not marked.
+        shape: of the stack.
     """
     split = lambda path, shape: jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), shape)
     if stack is None or not shape:
@@ -369,7 +369,7 @@ def check_names(who: str, leaves: Mapping[TreePath, Any]) -> None:
     """Raises where an array of a base has the name of an adapter's leaf, without a kernel that it could belong to.
 
     Raises:
-      ValueError: all such arrays are listed.
+        ValueError: all such arrays are listed.
     """
     alone = [repr(path) for stem, paths in _stems(leaves).items() if stem not in leaves for path in paths]
     if alone:
@@ -391,9 +391,9 @@ def kernels(who: str, params: Tree) -> dict[TreePath, Layout]:
     """The wrapped kernels of a tree with their layouts, in the tree's order.
 
     Raises:
-      TypeError: `params` is not a tree.
-      ValueError: no adapter in the tree, one whose leaves are not complete, or whose shapes don't fit its kernel, or
-        arrays with one path.
+        TypeError: `params` is not a tree.
+        ValueError: no adapter in the tree, one whose leaves are not complete, or whose shapes don't fit its kernel, or
+            arrays with one path.
     """
     leaves = read_arrays(who, params)
     if not is_wrapped(leaves):
@@ -445,7 +445,7 @@ def unwrap(params: Tree) -> Tree:
     """The tree as it was before `wrap`; kernels are the same arrays.
 
     Raises:
-      ValueError: the tree has no adapter.
+        ValueError: the tree has no adapter.
     """
     kernels("unwrap", params)
     return drop_adapters(params)
@@ -462,7 +462,7 @@ def merge(params: Tree) -> Tree:
     The sum is taken in the wider of the kernel's and the adapter's dtypes and rounded once, to the kernel's dtype.
 
     Raises:
-      ValueError: the tree has no adapter, or one that doesn't fit its kernel.
+        ValueError: the tree has no adapter, or one that doesn't fit its kernel.
     """
     told = kernels("merge", params)
     return replace_kernels(params, told, lambda _, kernel, a, b: layouts.merge_kernel(kernel, a, b))
@@ -474,11 +474,11 @@ def with_ranks(params: Tree, ranks: Mapping[TreePath, int]) -> Tree:
     What is filled up trains as it did: gradients of both halves of the padding are zero, and stay so. Scalings stay.
 
     Args:
-      params: a wrapped tree.
-      ranks: the new rank of every kernel, by its path; a kernel that isn't in it keeps its own.
+        params: a wrapped tree.
+        ranks: the new rank of every kernel, by its path; a kernel that isn't in it keeps its own.
 
     Raises:
-      ValueError: the tree has no adapter.
+        ValueError: the tree has no adapter.
     """
     told = kernels("with_ranks", params)
     axes = {path + A: -1 for path in told} | {path + B: layouts.rank_axis(layout) for path, layout in told.items()}
@@ -511,12 +511,12 @@ def split(params: Tree, train: Pattern = ()) -> tuple[Tree, Tree]:
         base     {"dense": {"kernel": ..., "kernel_lora_scaling": ..., "bias": ...}}
 
     Args:
-      params: a wrapped tree.
-      train: leaves trained in full beside the adapters: a regular expression for whole slash paths, or names of
-        modules or leaves.
+        params: a wrapped tree.
+        train: leaves trained in full beside the adapters: a regular expression for whole slash paths, or names of
+            modules or leaves.
 
     Raises:
-      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+        ValueError: the tree has no adapter, or a name in `train` matches nothing.
     """
     kernels("split", params)
     return partition(params, _trains("split", params, train))
@@ -526,8 +526,8 @@ def join(adapters: Tree, base: Tree) -> Tree:
     """Joins the two halves of a `split` again.
 
     Raises:
-      TypeError: a half is not a tree.
-      ValueError: a leaf is on both sides.
+        TypeError: a half is not a tree.
+        ValueError: a leaf is on both sides.
     """
     for name, half in (("adapters", adapters), ("base", base)):
         if children(half) is None:
@@ -539,7 +539,7 @@ def extract(params: Tree) -> Tree:
     """All leaves of the adapters, scaling included: what a file holds, and what is swapped over one base.
 
     Raises:
-      ValueError: the tree has no adapter.
+        ValueError: the tree has no adapter.
     """
     kernels("extract", params)
     return partition(params, lambda path, _: adapter_leaf(path))[0]
@@ -549,8 +549,8 @@ def attach(adapter: Tree, base_params: Tree) -> Tree:
     """Puts an extracted adapter on a base.
 
     Raises:
-      ValueError: the base already has an adapter, or lacks a kernel that the adapter was made for, or has it in
-        another shape; all such kernels are listed.
+        ValueError: the base already has an adapter, or lacks a kernel that the adapter was made for, or has it in
+            another shape; all such kernels are listed.
     """
     base = read_arrays("attach", base_params, "base_params")
     _check_unwrapped("attach", base)
@@ -573,7 +573,7 @@ def mask(params: Tree, train: Pattern = ()) -> Tree:
     """A tree of bool for optax: True for leaves that train, which are every A and B and what `train` names.
 
     Raises:
-      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+        ValueError: the tree has no adapter, or a name in `train` matches nothing.
     """
     kernels("mask", params)
     return map_with_path(_trains("mask", params, train), params)
@@ -583,13 +583,13 @@ class Row(NamedTuple):
     """One kernel with an adapter, or one leaf trained in full (rank and scaling None).
 
     Attributes:
-      path: slash path of the kernel or leaf.
-      shape: its shape.
-      rank: columns of A.
-      scaling: alpha / rank, the first one of a stack; None where the tree is abstract.
-      trainable: parameters trained for it.
-      total: parameters it has itself.
-      max_rank: the highest rank that the kernel can hold, the smaller of its in and out sizes; None where rank is.
+        path: slash path of the kernel or leaf.
+        shape: its shape.
+        rank: columns of A.
+        scaling: alpha / rank, the first one of a stack; None where the tree is abstract.
+        trainable: parameters trained for it.
+        total: parameters it has itself.
+        max_rank: the highest rank that the kernel can hold, the smaller of its in and out sizes; None where rank is.
     """
 
     path: TreePath
@@ -605,9 +605,9 @@ class Summary(NamedTuple):
     """What trains in a wrapped tree; `str()` is a table, in which "(max)" marks the highest rank a kernel can hold.
 
     Attributes:
-      rows: one for every kernel with an adapter and every leaf trained in full.
-      trainable: parameters trained.
-      total: parameters of the base, without adapters.
+        rows: one for every kernel with an adapter and every leaf trained in full.
+        trainable: parameters trained.
+        total: parameters of the base, without adapters.
     """
 
     rows: tuple[Row, ...]
@@ -641,7 +641,7 @@ def summary(params: Tree, train: Pattern = ()) -> Summary:
     """Counts what trains: path, shape, rank, scaling, parameters, and their share of the kernel's own.
 
     Raises:
-      ValueError: the tree has no adapter, or a name in `train` matches nothing.
+        ValueError: the tree has no adapter, or a name in `train` matches nothing.
     """
     told = kernels("summary", params)
     leaves = flatten(params)

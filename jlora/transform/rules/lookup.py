@@ -31,8 +31,8 @@ class _Lookup:
     """A gather, seen from the kernel's axes.
 
     Attributes:
-      indexed: axes that indices choose along.
-      kept: axes that are slices in the result.
+        indexed: axes that indices choose along.
+        kept: axes that are slices in the result.
     """
 
     def __init__(self, w: AdaptedKernel, how: jaxprs.Gather) -> None:
