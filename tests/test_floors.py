@@ -56,3 +56,13 @@ def test_only_one_file_knows_the_versions_of_jax() -> None:
 
 def test_no_file_reaches_into_private_jax() -> None:
     assert not [path.name for path in FILES if any(name.startswith("jax._src") for name in imported(path))]
+
+
+TESTS = sorted(Path(__file__).parent.rglob("test_*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(TESTS[0].parents[1])))
+def test_a_test_imports_no_other_test(path: Path) -> None:
+    """What tests share is in helper modules beside tests/tiny_job.py."""
+    modules = {name.split(".")[0] for name in imported(path)}
+    assert not modules & {other.stem for other in TESTS}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-from tokenizers.decoders import Fuse
-from tokenizers.models import BPE, WordPiece
+from letter_tokenizer import CHATML, letters
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
@@ -29,10 +29,6 @@ from jlora.data.batches import (
 from jlora.data.readers import Chat, Labelled, Message, Tagged, Text, read_records
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +42,6 @@ def pieces():
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def letters(*, template=None, begin=True, end=True, merges=(), metaspace=False) -> PreTrainedTokenizerFast:
-    """A tokenizer of single characters for a language model."""
-    characters = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", *[chr(n) for n in range(32, 127)], "\n", "\u2581"]
-    vocab = {token: n for n, token in enumerate([*characters, *("".join(merge) for merge in merges)])}
-    tokenizer = Tokenizer(BPE(vocab, list(merges)))
-    tokenizer.decoder = Fuse()
-    if metaspace:
-        # As Llama 2: a space is a sign of its own, and stands before every text.
-        parts = {"prepend_scheme": "first"}
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False, **parts)
-        tokenizer.decoder = decoders.Metaspace(**parts)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in characters[:4]])
-    if begin:
-        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    names = {"bos_token": "<s>"} | ({"eos_token": "</s>"} if end else {})
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    made.chat_template = template
-    return made
 
 
 def learnt(tokenizer, row) -> str:
@@ -318,7 +294,7 @@ def token_rows(lengths) -> list[Row]:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 40).flatmap(lambda most: st.tuples(st.just(most), st.lists(st.integers(1, most), min_size=1))))
 def test_packing_keeps_every_token_once_and_every_text_whole(case):
     most, lengths = case

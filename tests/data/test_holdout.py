@@ -33,7 +33,7 @@ def test_records_held_out_are_the_same_each_time_and_none_is_lost():
         hold_out(corpus([Text("a")]), 0.25, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 3)), min_size=1, max_size=80),
     st.floats(0.05, 0.9),

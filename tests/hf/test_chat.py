@@ -6,7 +6,7 @@ import time
 
 import pytest
 import tiny_job
-from test_batches import CHATML, letters
+from letter_tokenizer import CHATML, letters
 
 from jlora.cli.main import main
 from jlora.data.batches import make_rows

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny_job
+from bert_folders import equal, message, shard, tensors, write, write_pooling
 from safetensors.numpy import load_file
-from test_load import equal, message, shard, tensors, write, write_pooling
 
 from jlora.hf.folder import find_inside
 from jlora.hf.load import INDEX, load_model

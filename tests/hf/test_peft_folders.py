@@ -11,14 +11,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import loopback_hub
 import numpy as np
+import peft_oracle
 import pytest
-import test_load
-import test_peft
 import tiny_job
+from peft_oracle import TOLERANCE, close, config_of, equal, fill, make, opened, peft, rewrite, run_jax, run_torch, torch
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_peft import close, config_of, equal, fill, make, opened, rewrite, run_jax, run_torch
 
 import jlora
 from jlora.cli.generate import load_adapter
@@ -27,11 +27,8 @@ from jlora.hf.load import load_model
 from jlora.hf.peft import load_peft, read_config, read_tensors, save_peft
 from jlora.tree.paths import flatten, map_with_path
 
-torch = pytest.importorskip("torch", reason="torch is the oracle, and is not installed")
-peft = pytest.importorskip("peft", reason="peft is the oracle, and is not installed")
-
-pytestmark = test_peft.pytestmark
-bases = test_peft.bases
+pytestmark = peft_oracle.WARNINGS
+bases = peft_oracle.bases
 
 
 def train(model):
@@ -71,7 +68,7 @@ def test_what_was_loaded_as_trained_in_full_is_written_back(case, bases, tmp_pat
     params = load_peft(tmp_path / "theirs", loaded.model, loaded.params)
     close(run_jax(loaded.model, params), theirs, run_torch(base))
     save_peft(tmp_path / "ours", loaded.model, params)
-    np.testing.assert_allclose(run_torch(opened(base, tmp_path / "ours")), theirs, atol=test_peft.TOLERANCE)
+    np.testing.assert_allclose(run_torch(opened(base, tmp_path / "ours")), theirs, atol=TOLERANCE)
     first, again = (config_of(tmp_path / side) for side in ("theirs", "ours"))
     assert again["bias"] == first["bias"]
     if case == "modules":
@@ -240,7 +237,7 @@ def test_trainable_token_indices_replace_rows_as_in_peft(case, bases, tmp_path):
     params = load_peft(tmp_path / "theirs", loaded.model, loaded.params)
     theirs = run_torch(model, IDS_WITH_ROWS)
     ours = jax.jit(loaded.model.apply)({"params": jlora.merge(params)}, IDS_WITH_ROWS)
-    np.testing.assert_allclose(ours, theirs, atol=test_peft.TOLERANCE)
+    np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
     assert np.abs(theirs - run_torch(base, IDS_WITH_ROWS)).max() > (0.03 if name == "bert" else 0.3)
     save_peft(tmp_path / "ours", loaded.model, params)
     equal(load_peft(tmp_path / "ours", loaded.model, loaded.params), params)
@@ -510,7 +507,7 @@ def test_the_revision_in_a_config_is_asked_of_the_hub(tmp_path):
     loaded = load_model(served)
     save_peft(tmp_path / "adapter", loaded.model, fill(jlora.wrap(loaded.params, rank=2, targets=["q_proj"])))
     rewrite(tmp_path / "adapter", base_model_name_or_path="owner/model", revision="v2")
-    handler = type("Served", (test_load.Hub,), {"folder": served, "asked": []})
+    handler = type("Served", (loopback_hub.Hub,), {"folder": served, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -522,7 +519,7 @@ def test_the_revision_in_a_config_is_asked_of_the_hub(tmp_path):
         "JAX_PLATFORMS": "cpu",
     }
     try:
-        found = test_load.run_python(REVISIONS, tmp_path / "adapter", tmp_path / "again", **environment)
+        found = loopback_hub.run_python(REVISIONS, tmp_path / "adapter", tmp_path / "again", **environment)
     finally:
         server.shutdown()
         server.server_close()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_job
-from test_plan import TINY, write
+from llama_configs import TINY, write
 
 from jlora.cli.main import main
 from jlora.runs.advise import BANDS, KINDS, advise

@@ -148,7 +148,7 @@ def entries(value: str) -> dict:
     }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(exclude_characters="\0") | st.sampled_from("\ud800\udcff"), min_size=1))
 @example("\r\n\t\x01\x7f\"'\\#")
 @example("a\udcff")
@@ -168,7 +168,7 @@ text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.
 positive = st.floats(1e-8, 1e8)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     question=st.lists(text, max_size=3),
     alpha=st.none() | positive,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_job
+from llama_configs import LLAMA_2_7B, TINY, write
 
 import jlora
 from jlora.cli.main import main
@@ -23,29 +24,6 @@ from jlora.runs import engine as fit
 from jlora.runs.folder import make_task, wrap_base
 from jlora.runs.plan import Held, Planner, Settings, plan, read_memory
 
-LLAMA_2_7B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": False,
-}
-TINY = LLAMA_2_7B | {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-
-
 # Runs a command from a process that is small itself: Linux counts what a process's parent held to its own peak.
 MEASURED = """
 import json, resource, subprocess, sys
@@ -54,12 +32,6 @@ took = resource.getrusage(resource.RUSAGE_CHILDREN)
 json.dump([took.ru_utime + took.ru_stime, took.ru_maxrss * 1024, done.stderr], sys.stderr)
 sys.exit(done.returncode)
 """
-
-
-def write(folder: Path, config: dict) -> str:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
