@@ -42,7 +42,7 @@ from jlora.runs.folder import load_base
 from jlora.tasks.tasks import pad_token
 from jlora.training.step import TrainState, make_train_step
 from jlora.tree.paths import Tree, flatten
-from jlora.tree.wrapping import join
+from jlora.tree.splitting import join
 
 HERE = Path(__file__).parent
 DATA = HERE.parents[1] / "shared/data"

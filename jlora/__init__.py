@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from jlora.transform.adapt import adapt
     from jlora.transform.infer import infer_layout
     from jlora.transform.registry import register_rule
+    from jlora.tree.splitting import attach, extract, join, mask, split
+    from jlora.tree.summary import Summary, summary
     from jlora.tree.targets import Rule
-    from jlora.tree.wrapping import Summary, attach, extract, join, mask, merge, split, summary, unwrap, wrap
+    from jlora.tree.wrapping import merge, unwrap, wrap
 
 __version__ = "0.1.0"
 
@@ -37,23 +39,23 @@ HOMES = {
     "Plan": "runs.plan",
     "Rule": "tree.targets",
     "Spectrum": "adapters.spectrum",
-    "Summary": "tree.wrapping",
+    "Summary": "tree.summary",
     "SweepResult": "runs.sweep",
     "TrainState": "training.step",
     "adapt": "transform.adapt",
     "advise": "runs.advise",
     "allocate": "adapters.spectrum",
-    "attach": "tree.wrapping",
+    "attach": "tree.splitting",
     "cross_entropy": "training.losses",
-    "extract": "tree.wrapping",
+    "extract": "tree.splitting",
     "generate": "models.generate",
     "gradient_norms": "adapters.spectrum",
     "infer_layout": "transform.infer",
-    "join": "tree.wrapping",
+    "join": "tree.splitting",
     "load_model": "hf.load",
     "load_peft": "hf.peft",
     "make_train_step": "training.step",
-    "mask": "tree.wrapping",
+    "mask": "tree.splitting",
     "merge": "tree.wrapping",
     "optimizer": "training.optimizer",
     "plan": "runs.plan",
@@ -64,9 +66,9 @@ HOMES = {
     "save_model": "hf.load",
     "save_peft": "hf.peft",
     "spectrum": "adapters.spectrum",
-    "split": "tree.wrapping",
+    "split": "tree.splitting",
     "stream": "models.generate",
-    "summary": "tree.wrapping",
+    "summary": "tree.summary",
     "sweep": "runs.sweep",
     "unwrap": "tree.wrapping",
     "wrap": "tree.wrapping",

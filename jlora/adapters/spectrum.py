@@ -15,8 +15,8 @@ from jlora.errors import JloraTypeError, JloraValueError, count, nearest, quoted
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A, B, Layout
 from jlora.tree.paths import Tree, TreePath, flatten, map_with_path, read_arrays
-from jlora.tree.targets import check_matches, matcher, parts
-from jlora.tree.wrapping import kernels, with_ranks
+from jlora.tree.targets import check_matches, make_matcher, split_pattern
+from jlora.tree.wrapping import read_layouts, with_ranks
 
 Trio = tuple[Any, Any, Any]
 BLOCK = 2**16
@@ -109,7 +109,7 @@ def spectrum(params: Tree, *, overlap: bool = False) -> dict[TreePath, Spectrum]
 
 def _trios(who: str, params: Tree) -> dict[TreePath, tuple[Trio, Layout]]:
     """A, B and scaling of every wrapped kernel, with the kernel's layout."""
-    told, leaves = kernels(who, params), flatten(params)
+    told, leaves = read_layouts(who, params), flatten(params)
     abstract = [repr(path) for path in told if isinstance(leaves[path + A], jax.ShapeDtypeStruct)]
     if abstract:
         problem = f"{count(len(abstract), 'adapter')} without values."
@@ -275,8 +275,10 @@ def _asked(rank: Any, present: Mapping[TreePath, int]) -> dict[TreePath, Any]:
     if not isinstance(rank, Mapping):
         return dict.fromkeys(present, rank)
     patterns = {pattern: n for pattern, n in rank.items() if pattern not in present}
-    check_matches("resize", [p for key in patterns for p in parts(key)], list(present), "target", "wrapped kernel")
-    tests = [(matcher(pattern), n) for pattern, n in patterns.items()]
+    check_matches(
+        "resize", [p for key in patterns for p in split_pattern(key)], list(present), "target", "wrapped kernel"
+    )
+    tests = [(make_matcher(pattern), n) for pattern, n in patterns.items()]
     first = {path: next((n for test, n in tests if test(path)), own) for path, own in present.items()}
     return first | {path: n for path, n in rank.items() if path in present}
 
@@ -370,7 +372,7 @@ def allocate(
         ValueError: kernels missing from `importance` or unknown, numbers that are negative or not finite or all zero,
             limits out of range, or a budget below what the least ranks take.
     """
-    told, leaves = kernels("allocate", params), flatten(params)
+    told, leaves = read_layouts("allocate", params), flatten(params)
     _check_importance(importance, list(told))
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (low, low if high is None else high))
     if not whole or not 1 <= low <= (low if high is None else high):

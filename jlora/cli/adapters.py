@@ -18,7 +18,7 @@ from jlora.hf.tokenizer import save_tokenizer
 from jlora.runs.folder import SPECTRUM
 from jlora.runs.inspection import Description, Target, describe_adapter, load_adapted
 from jlora.tree.paths import Tree, map_with_path
-from jlora.tree.wrapping import adapter_leaf
+from jlora.tree.wrapping import is_adapter_leaf
 from jlora.tree.wrapping import merge as fold
 
 
@@ -182,6 +182,6 @@ def cast(params: Tree, dtype: Any) -> Tree:
     """The merged tree in another dtype, rounded once: a kernel is widened before the sum, and narrowed after it."""
 
     def widen(path: str, leaf: Any) -> Any:
-        return leaf if adapter_leaf(path) else leaf.astype(jnp.promote_types(leaf.dtype, dtype))
+        return leaf if is_adapter_leaf(path) else leaf.astype(jnp.promote_types(leaf.dtype, dtype))
 
     return jax.tree.map(lambda leaf: leaf.astype(dtype), fold(map_with_path(widen, params)))

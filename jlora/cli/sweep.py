@@ -39,8 +39,9 @@ from jlora.runs.sweep import sweep as search
 from jlora.tasks.tasks import TASKS, Task
 from jlora.tree.layouts import max_rank
 from jlora.tree.paths import Tree, TreePath, flatten
-from jlora.tree.targets import matcher
-from jlora.tree.wrapping import kernels, split
+from jlora.tree.splitting import split
+from jlora.tree.targets import make_matcher
+from jlora.tree.wrapping import read_layouts
 
 MEMBERS, NUMBERS = "members", "sweep.json"
 FILES = (MEMBERS, NUMBERS, PAGE, PICTURE)
@@ -299,10 +300,10 @@ def spread(metric: str, rows: int) -> Callable[[float], float] | None:
 def limits(config: Config, loaded: LoadedModel) -> dict[TreePath, int]:
     """The highest rank that every kernel without a rank of its own has room for."""
     tree = runs.wrap_base(lowest(config), replace(loaded, params=shapes(loaded.model, config.model.dtype)))
-    leaves, own = flatten(tree), [matcher(pattern) for pattern in config.adapter.ranks]
+    leaves, own = flatten(tree), [make_matcher(pattern) for pattern in config.adapter.ranks]
     return {
         path: max_rank(leaves[path].shape, layout)
-        for path, layout in kernels("sweep", tree).items()
+        for path, layout in read_layouts("sweep", tree).items()
         if not any(matches(path) for matches in own)
     }
 

@@ -47,7 +47,8 @@ from jlora.runs.engine import (
 from jlora.runs.folder import Run
 from jlora.runs.start import start_adapter
 from jlora.tasks.tasks import Classes, Scores
-from jlora.tree.wrapping import Summary, merge, summary
+from jlora.tree.summary import Summary, summary
+from jlora.tree.wrapping import merge
 
 # Rows of the training data that a run without other data is measured on.
 MOST_MEASURED = 1000

@@ -49,8 +49,8 @@ from jlora.training.checkpoint import place
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, Layout
 from jlora.tree.paths import Tree, TreePath, box, edit, flatten, join_path, partition, unbox, union
-from jlora.tree.targets import Pattern, select
-from jlora.tree.wrapping import adapter_leaf, is_wrapped, kernels, merge
+from jlora.tree.targets import Pattern, select_paths
+from jlora.tree.wrapping import is_adapter_leaf, is_wrapped, merge, read_layouts
 
 PREFIX = "base_model.model."
 TARGETS = ("peft", "vllm")
@@ -204,10 +204,10 @@ def save_peft(
         base = None if base is None else split_classifier(model, base)[1]
         body = partial(save_peft, base=base, base_model=base_model, dropout=dropout, task_type=task_type)
         return save_pooled(Path(folder), model, params, body, target=target, train=train, task_type=task_type)
-    told = kernels("save_peft", params)
+    told = read_layouts("save_peft", params)
     leaves = flatten(params)
-    plain = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
-    full = select("save_peft", train, plain) if train else set()
+    plain = {path: leaf for path, leaf in leaves.items() if not is_adapter_leaf(path)}
+    full = select_paths("save_peft", train, plain) if train else set()
     lost = changed_from_base(model, plain, base, required=train is None) - full
     if train is None:
         full, lost = lost, set()
@@ -372,8 +372,8 @@ def save_pooled(
         problem = f"this can't become an adapter for {'PEFT' if target == 'peft' else 'vLLM'}."
         raise JloraValueError("save_peft", problem, offenders, POOLER_FIX)
     head, body = split_classifier(model, params)
-    paths = [path for path in flatten(params) if not adapter_leaf(path)]
-    named = select("save_peft", train, paths) - set(flatten(head)) if train else set()
+    paths = [path for path in flatten(params) if not is_adapter_leaf(path)]
+    named = select_paths("save_peft", train, paths) - set(flatten(head)) if train else set()
     full = None if train is None else sorted(named)
     save_body(folder, model.clone(head=None), body, train=full)
     leaves = flatten(merge(head) if is_wrapped(flatten(head)) else head)

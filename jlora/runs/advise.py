@@ -15,7 +15,7 @@ from jlora.runs.plan import Planner, Settings, check, describe, load_shapes, rea
 from jlora.tasks.tasks import TASKS
 from jlora.tree.layouts import max_rank
 from jlora.tree.paths import flatten
-from jlora.tree.wrapping import kernels, wrap
+from jlora.tree.wrapping import read_layouts, wrap
 
 Difficulty = Literal["simple", "medium", "complex"]
 FEW = 1_000  # examples below which an adapter learns them by heart
@@ -175,7 +175,7 @@ def _room(loaded: LoadedModel, targets: str | Sequence[str] | None) -> int:
     """The highest rank that all targeted kernels have room for."""
     tree = wrap(loaded.params, 1, targets=targets or loaded.model.lora_targets, layout=loaded.model.lora_layout)
     leaves = flatten(tree)
-    return min(max_rank(leaves[path].shape, layout) for path, layout in kernels("advise", tree).items())
+    return min(max_rank(leaves[path].shape, layout) for path, layout in read_layouts("advise", tree).items())
 
 
 def _power(number: int) -> int:

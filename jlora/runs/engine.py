@@ -35,7 +35,7 @@ from jlora.training.sharding import place_rows
 from jlora.training.step import TrainState, make_train_step
 from jlora.tree.layouts import A, B
 from jlora.tree.paths import Tree, map_with_path
-from jlora.tree.wrapping import join, split
+from jlora.tree.splitting import join, split
 
 ANEW = "begin anew with --output.overwrite."
 

@@ -48,8 +48,9 @@ from jlora.tasks.tasks import TASKS, Task
 from jlora.training.checkpoint import DIGESTS, check_name, find_damage, restore_adapter, save_adapter, write_digests
 from jlora.training.sharding import make_mesh, place, shardings
 from jlora.tree.paths import Tree, map_with_path
+from jlora.tree.splitting import attach, extract, join, split
 from jlora.tree.targets import Rule, Targets
-from jlora.tree.wrapping import attach, extract, join, split, uniform, wrap
+from jlora.tree.wrapping import uniform, wrap
 
 ADAPTER, CONFIG, LABELS, CHECKPOINTS = "adapter", "config.toml", "labels.json", "checkpoints"
 METRICS, RESULT, CURVE, CARD, EVENTS = "metrics.jsonl", "result.json", "learning_curve.png", "README.md", "events"

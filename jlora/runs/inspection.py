@@ -22,9 +22,9 @@ from jlora.hf.tokenizer import use_tokenizer
 from jlora.runs.config import read as read_job
 from jlora.runs.folder import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, read_adapter, read_metadata, restore_adapter
-from jlora.tree.layouts import Layout, read
+from jlora.tree.layouts import Layout, read_layout
 from jlora.tree.paths import Tree, TreePath, flatten
-from jlora.tree.wrapping import adapter_leaf, kernels
+from jlora.tree.wrapping import is_adapter_leaf, read_layouts
 
 HEADS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
 
@@ -308,7 +308,7 @@ def head_of(folder: Path, config: Mapping[str, Any], base: Path) -> dict[str, An
 def changed(base: Tree, params: Tree) -> tuple[TreePath, ...]:
     """The leaves of a base that loading an adapter replaced."""
     before = flatten(base)
-    return tuple(p for p, leaf in flatten(params).items() if not adapter_leaf(p) and leaf is not before[p])
+    return tuple(p for p, leaf in flatten(params).items() if not is_adapter_leaf(p) and leaf is not before[p])
 
 
 def describe_adapter(
@@ -343,7 +343,7 @@ def describe_adapter(
     values = {item: getattr(found, item) for item in found.__dataclass_fields__} | {"folder": str(folder)}
     if model is not None:
         adapted = load_adapted(folder, model, untie=untie, vocab_size=vocab_size)
-        leaves, told = flatten(adapted.params), kernels("inspect", adapted.params)
+        leaves, told = flatten(adapted.params), read_layouts("inspect", adapted.params)
         trios = {path: (trio_of(leaves, path), told[path]) for path in told}
         full = [Whole(path=p, shape=leaves[p].shape, bytes=leaves[p].nbytes) for p in adapted.train]
         norms = {path: kernel_norms(leaves[path], told[path]) for path in told}
@@ -360,7 +360,7 @@ def describe_own(folder: Path, base: str | None, spectrum: bool) -> Description:
     trios = {}
     for path in metadata["targets"]:
         trio = trio_of(arrays, path)
-        layout = read(tuple(leaves[path]["shape"]), *(leaf.shape for leaf in trio))
+        layout = read_layout(tuple(leaves[path]["shape"]), *(leaf.shape for leaf in trio))
         assert layout is not None, "digests hold, so the shapes fit as they did when saved"
         trios[path] = trio, layout
     return Description(

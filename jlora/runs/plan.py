@@ -29,7 +29,9 @@ from jlora.runs.engine import make_optimizer, prepare
 from jlora.tasks.tasks import TASKS, Task
 from jlora.training.step import TrainState, make_train_step
 from jlora.tree.paths import Tree, flatten
-from jlora.tree.wrapping import adapter_leaf, split, summary, wrap
+from jlora.tree.splitting import split
+from jlora.tree.summary import summary
+from jlora.tree.wrapping import is_adapter_leaf, wrap
 
 STEPS = 1000  # of the schedule, whose length changes no shape
 NARROW = ("bfloat16", "float16")
@@ -306,8 +308,8 @@ class Planner:
         """What is there before a step, counted leaf by leaf."""
         step = self.step(settings)
         leaves, counts = flatten(step.params), summary(step.params, step.task.trained)
-        adapter = sum(size_of(leaf) for path, leaf in leaves.items() if adapter_leaf(path))
-        base = sum(size_of(leaf) for path, leaf in leaves.items() if not adapter_leaf(path))
+        adapter = sum(size_of(leaf) for path, leaf in leaves.items() if is_adapter_leaf(path))
+        base = sum(size_of(leaf) for path, leaf in leaves.items() if not is_adapter_leaf(path))
         total = sum(size_of(leaf) for leaf in jax.tree.leaves((step.state, step.base, step.batch)))
         optimizer = sum(size_of(leaf) for leaf in jax.tree.leaves(step.state.opt_state))
         return Held(counts.total, counts.trainable, base, adapter, optimizer, total)

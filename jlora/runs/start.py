@@ -15,7 +15,7 @@ from jlora.runs.inspection import changed, find_kind
 from jlora.training.checkpoint import restore_adapter
 from jlora.tree.layouts import SCALING, A
 from jlora.tree.paths import Tree, TreePath, flatten
-from jlora.tree.wrapping import split
+from jlora.tree.splitting import split
 
 
 def start_adapter(config: Config, loaded: LoadedModel, trained: tuple[str, ...], labels: tuple[str, ...]) -> Tree:

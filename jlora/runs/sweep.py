@@ -29,7 +29,8 @@ from jlora.runs.recommend import Recommendation, Trial, recommend
 from jlora.training.step import Batch, LossFn, TrainState, make_train_step
 from jlora.tree.layouts import SCALING, A
 from jlora.tree.paths import Tree, TreePath, flatten, partition
-from jlora.tree.wrapping import join, kernels, split, with_ranks
+from jlora.tree.splitting import join, split
+from jlora.tree.wrapping import read_layouts, with_ranks
 
 Status = Literal["finished", "stopped early", "diverged"]
 Metrics = Mapping[str, float]
@@ -544,7 +545,7 @@ class Field:
         )
         trees = {member: start(member) for member in members}
         for tree in trees.values():
-            kernels("sweep", tree)
+            read_layouts("sweep", tree)
         self.ranks = {
             member: {path[: -len(A)]: leaf.shape[-1] for path, leaf in flatten(tree).items() if path.endswith(A)}
             for member, tree in trees.items()

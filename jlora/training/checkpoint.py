@@ -35,8 +35,9 @@ from jlora.errors import JloraError, JloraOSError, JloraTypeError, JloraValueErr
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A
 from jlora.tree.paths import Tree, TreePath, box, edit, flatten, join_path, read_arrays, unbox
+from jlora.tree.splitting import split
 from jlora.tree.targets import Pattern
-from jlora.tree.wrapping import adapter_leaf, is_wrapped, kernels, split
+from jlora.tree.wrapping import is_adapter_leaf, is_wrapped, read_layouts
 
 FORMAT, VERSION = "jlora-adapter", 1
 METADATA, SAVING, DIGESTS = "adapter.json", "adapter.saving", "files.json"
@@ -71,12 +72,12 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
             name is one that Orbax can't read back.
         OSError: the disk gives out while it is written; what was saved before is whole.
     """
-    targets = kernels("save_adapter", params)
+    targets = read_layouts("save_adapter", params)
     leaves = flatten(params)
     adapters, _ = split(params, train)
-    full = [path for path in flatten(adapters) if not adapter_leaf(path)]
-    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items() if adapter_leaf(path) or path in full}
-    base = {path: leaf for path, leaf in leaves.items() if not adapter_leaf(path)}
+    full = [path for path in flatten(adapters) if not is_adapter_leaf(path)]
+    arrays = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_adapter_leaf(path) or path in full}
+    base = {path: leaf for path, leaf in leaves.items() if not is_adapter_leaf(path)}
     target = Path(folder).absolute()
     check_name("save_adapter", target)
     _writable(target)
@@ -143,7 +144,7 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
                 out[name] = jax.tree.unflatten(jax.tree.structure(node), [placed])
             if where in metadata["targets"]:
                 trio = [arrays[where + affix] for affix in AFFIXES]
-                layout = layouts.read(kernel.shape, *(leaf.shape for leaf in trio))
+                layout = layouts.read_layout(kernel.shape, *(leaf.shape for leaf in trio))
                 assert layout is not None, "digests hold, so the shapes fit as they did when saved"
                 for affix, leaf, axes in zip(AFFIXES, trio, layouts.pair_axes(layout), strict=True):
                     out[f"{name}{affix}"] = box(node, place(leaf, kernel, axes), axes)

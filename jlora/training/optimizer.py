@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from jlora.tree.paths import Tree
+from jlora.tree.splitting import mask
 from jlora.tree.targets import Pattern
-from jlora.tree.wrapping import kernels, mask
+from jlora.tree.wrapping import read_layouts
 
 
 def optimizer(tx: optax.GradientTransformation, params: Tree, train: Pattern = ()) -> optax.GradientTransformation:
@@ -32,7 +33,7 @@ def optimizer(tx: optax.GradientTransformation, params: Tree, train: Pattern = (
     Raises:
         ValueError: the tree has no adapter, or a name in `train` matches nothing.
     """
-    kernels("optimizer", params)
+    read_layouts("optimizer", params)
     trains = mask(params, train)
     frozen = jax.tree.map(lambda trained: not trained, trains)
     return optax.chain(optax.masked(tx, trains), optax.masked(optax.stateless(_stay), frozen))

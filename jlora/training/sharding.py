@@ -68,7 +68,7 @@ def _spec(path: TreePath, leaf: Any, mesh: Mesh, rules: Rules) -> PartitionSpec:
 def _pair_specs(path: TreePath, leaves: Mapping[TreePath, Any], spec: PartitionSpec) -> dict[TreePath, PartitionSpec]:
     """The specs of a kernel's adapter."""
     trio = [leaves[path + affix] for affix in AFFIXES]
-    layout = layouts.read(leaves[path].shape, *(leaf.shape for leaf in trio))
+    layout = layouts.read_layout(leaves[path].shape, *(leaf.shape for leaf in trio))
     assert layout is not None, "the tree is wrapped"
     found = {}
     for affix, axes in zip(AFFIXES, layouts.pair_axes(layout), strict=True):

@@ -13,7 +13,7 @@ from jlora.errors import JloraTypeError, JloraValueError
 from jlora.transform.jaxprs import unread
 from jlora.tree.layouts import A, B
 from jlora.tree.paths import Tree, map_with_path
-from jlora.tree.wrapping import join
+from jlora.tree.splitting import join
 
 Batch = Any
 Metrics = dict[str, Any]

@@ -13,8 +13,8 @@ from jlora.transform import jaxprs
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation, Recorder
 from jlora.transform.tracing import Structure, check_function, evaluate, take_apart
-from jlora.tree.paths import Tree, TreePath, refuse_same_paths
-from jlora.tree.wrapping import has_adapter, kernels, replace_kernels
+from jlora.tree.paths import Tree, TreePath, check_unique_paths
+from jlora.tree.wrapping import has_adapter, read_layouts, replace_kernels
 
 # Traces kept for one adapted function: enough for every bucket of lengths. Beyond it the oldest is dropped, and with
 # it the arrays that fn closed over.
@@ -139,9 +139,9 @@ def _adapted_inputs(tree: Tree) -> Tree:
         return tree
     ambiguous = len(set(places.values())) < len(places)
     names = {n: _path(leaves[n][0], whole=ambiguous) for n in places}
-    refuse_same_paths("adapt", names.values())
+    check_unique_paths("adapt", names.values())
     nodes = {name: leaves[n][1] for n, name in names.items()}
-    layouts = kernels("adapt", nodes)
+    layouts = read_layouts("adapt", nodes)
     adapted = replace_kernels(nodes, layouts, lambda path, kernel, a, b: AdaptedKernel.whole(path, kernel, (a, b)))
     return jax.tree.unflatten(treedef, [adapted[names[n]] if n in names else x for n, (_, x) in enumerate(leaves)])
 

@@ -51,7 +51,9 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[TreeP
     dynamic = lambda leaf: is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
     arrays, structure = take_apart((params, args), dynamic)
     jax.eval_shape(lambda *arrays: look(*structure.build(arrays)), *arrays)
-    reads = [(path, layout) for path, layout in evaluation.recorder.reads if layouts.valid(layout, shapes[path])]
+    reads = [
+        (path, layout) for path, layout in evaluation.recorder.reads if layouts.is_valid_layout(layout, shapes[path])
+    ]
     # The first read counts, but a lookup determines more than any product does: a tied table is a table.
     reads.sort(key=lambda read: "v" not in read[1])
     first = dict(reversed(reads))

@@ -1,12 +1,12 @@
-"""Which axes of a kernel are stacked, contracted and produced, and the low-rank pair that follows from it.
+"""Layouts: which axes of a kernel are stacked, contracted and produced, and the shapes of its low-rank pair.
 
-A layout is a string with one letter an axis: `s` stack, `i` in (contracted), `o` out (produced), and `v` for the
-rows of a table that is looked up, which count as in. Dense is "io", a query kernel (d, heads, k) "ioo", a 2-D
+A layout is a string with one letter per axis: `s` stack, `i` in (contracted), `o` out (produced), and `v` for the
+rows of a lookup table, which count as in. Dense is "io", a query kernel (d, heads, k) "ioo", a 2-D
 convolution "iiio", a Dense stacked by scan "sio", an embedding table "vo", a torch-style kernel "oi".
 
-Two forms of the pair exist. *Ordered*, for kernels in the order stack, in, out: a is (*stack, *in, rank) and b is
-(*stack, rank, *out). *Aligned*, for all others: a and b keep the kernel's axes, with 1 where an axis does not
-apply, and rank last. The transform works on the aligned form only; `align` turns the first into the second.
+The pair has one of two forms. *Ordered*, for kernels with axes in the order stack, in, out: a is (*stack, *in, rank)
+and b is (*stack, rank, *out). *Aligned*, for all others: a and b keep the kernel's axes, with size 1 where an axis
+does not apply, and rank last. The transform works on the aligned form only; `align_pair` computes it from the other.
 """
 
 import itertools
@@ -26,23 +26,23 @@ ORDERED = re.compile(r"s*[iv]+o+")
 AFFIXES = A, B, SCALING = ("_lora_a", "_lora_b", "_lora_scaling")
 
 
-def valid(layout: Layout, shape: Shape) -> bool:
-    """Whether a layout fits a shape: a letter an axis, something in and something out."""
+def is_valid_layout(layout: Layout, shape: Shape) -> bool:
+    """Whether a layout fits a shape: one letter per axis, at least one in and one out."""
     return (
         len(layout) == len(shape) and not set(layout) - set("siov") and "o" in layout and bool(set(layout) & set("iv"))
     )
 
 
-def known(path: str, shape: Shape, siblings: Mapping[str, Shape]) -> Layout | None:
-    """The layout of a kernel that needs no look at the function: two axes, or Flax's own attention.
+def recognize_layout(path: str, shape: Shape, siblings: Mapping[str, Shape]) -> Layout | None:
+    """The layout of a kernel that follows from its name and shape: two axes, or Flax's attention; else None.
 
-    Flax's attention is recognised by its four projections and by their shapes fitting each other, so a stacked
-    Dense called `out` is not taken for one.
+    Flax's attention is recognized by its four projections whose shapes fit each other, so a stacked Dense named `out`
+    is not mistaken for one.
 
     Args:
         path: the kernel's slash path.
         shape: the kernel's shape.
-        siblings: shapes by path, of the whole tree.
+        siblings: shapes of all leaves of the tree, by path.
     """
     if len(shape) == 2:
         return "vo" if path.rsplit("/", 1)[-1] == "embedding" else "io"
@@ -71,12 +71,12 @@ def pair_shapes(shape: Shape, layout: Layout, rank: int) -> tuple[Shape, Shape, 
 
 
 def rank_axis(layout: Layout) -> int:
-    """Which axis of b is the rank; of a it is the last."""
+    """The axis of b that is the rank; in a it is the last axis."""
     return layout.count("s") if ORDERED.fullmatch(layout) else -1
 
 
 def pair_axes(layout: Layout) -> tuple[tuple[int | None, ...], ...]:
-    """For every axis of a, b and scaling the kernel's axis it stands for; None is the rank or an axis of size 1."""
+    """For every axis of a, b and scaling the kernel's axis that it corresponds to, None for the rank or a size of 1."""
     stack, inner, outer = (tuple(n for n, letter in enumerate(layout) if letter in kind) for kind in ("s", "iv", "o"))
     if ORDERED.fullmatch(layout):
         return (*stack, *inner, None), (*stack, None, *outer), stack
@@ -85,19 +85,19 @@ def pair_axes(layout: Layout) -> tuple[tuple[int | None, ...], ...]:
     return (*a, None), (*b, None), stack
 
 
-def read(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
-    """The layout that the shapes of a kernel and its pair tell, None if they do not fit each other."""
+def read_layout(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
+    """The layout that follows from the shapes of a kernel and its pair, None if the shapes do not fit each other."""
     if len(a) == len(b) == len(shape) + 1:
-        return _read_aligned(shape, a, b, scaling)
+        return _read_aligned_layout(shape, a, b, scaling)
     stack = len(a) + len(b) - 2 - len(shape)
     inner = len(a) - 1 - stack
     layout = "s" * stack + "i" * inner + "o" * (len(shape) - stack - inner)
-    if stack < 0 or not valid(layout, shape):
+    if stack < 0 or not is_valid_layout(layout, shape):
         return None
     return layout if pair_shapes(shape, layout, a[-1]) == (a, b, scaling) else None
 
 
-def _read_aligned(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
+def _read_aligned_layout(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | None:
     # An axis of size 1 looks the same in every role, and any roles that fit give the same update.
     roles = [
         "sio" if n == 1 else "s" if in_a == in_b == n else "i" if in_a == n else "o"
@@ -105,14 +105,14 @@ def _read_aligned(shape: Shape, a: Shape, b: Shape, scaling: Shape) -> Layout | 
     ]
     for letters in itertools.product(*roles):
         layout = "".join(letters)
-        fits = valid(layout, shape) and not ORDERED.fullmatch(layout)
+        fits = is_valid_layout(layout, shape) and not ORDERED.fullmatch(layout)
         if fits and pair_shapes(shape, layout, a[-1]) == (a, b, scaling):
             return layout
     return None
 
 
 def fans(shape: Shape, layout: Layout) -> tuple[int, int]:
-    """Products of the in axes and of the out axes: the sides of the matrix that the rank must not exceed."""
+    """Products of the sizes of the in axes and of the out axes, which the rank must not exceed."""
     inner, outer = ("iv", "o")
     return tuple(
         math.prod(n for n, letter in zip(shape, layout, strict=True) if letter in kind) for kind in (inner, outer)
@@ -120,19 +120,19 @@ def fans(shape: Shape, layout: Layout) -> tuple[int, int]:
 
 
 def max_rank(shape: Shape, layout: Layout) -> int:
-    """The highest rank that a kernel can hold: the smaller of its in and out sizes."""
+    """The highest rank that a kernel can have: the smaller of its in and out sizes."""
     return min(fans(shape, layout))
 
 
-def align(
+def align_pair(
     a: Float[Array, "..."], b: Float[Array, "..."], scaling: Float[Array, "..."], layout: Layout
 ) -> tuple[Float[Array, "*axes rank"], Float[Array, "*axes rank"]]:
-    """The pair in aligned form, the scaling folded into b: the kernel's delta is sum over rank of a * b, broadcast."""
+    """The pair in aligned form, b times the scaling: the kernel's update is the sum over rank of a * b, broadcast."""
     if ORDERED.fullmatch(layout):
         stack, inner, outer = (sum(letter in kind for letter in layout) for kind in ("s", "iv", "o"))
         a = jnp.expand_dims(a, range(stack + inner, stack + inner + outer))
-        # Scaled before it is turned, so that in the gradient nothing stands between the product and the turn, and
-        # XLA makes one product of both; else its CPU backend transposes the activations instead.
+        # b is scaled before its axes are moved. In the gradient the product and the transpose then follow each other
+        # directly and XLA fuses them; otherwise its CPU backend transposes the activations instead.
         b = b * jnp.expand_dims(scaling, range(stack, b.ndim)).astype(b.dtype)
         return a, jnp.expand_dims(jnp.moveaxis(b, stack, -1), range(stack, stack + inner))
     scaling = jnp.expand_dims(scaling, [n for n, letter in enumerate((*layout, "rank")) if letter != "s"])
@@ -146,10 +146,10 @@ def contract(
     precision: jax.lax.PrecisionLike = None,
     dtype: Any = None,
 ) -> Float[Array, "..."]:
-    """Einstein summation over integer labels; `dtype` is the result's, and accumulated in.
+    """Einstein summation over integer labels; `dtype` is that of the result and of the accumulation.
 
-    Axes that stand together everywhere are contracted as one. A gradient summed over batch and time as two axes
-    makes XLA's CPU backend write a transposed copy of the activations first; over one axis it reads them as they lie.
+    Axes that are adjacent in all operands are contracted as one axis. If a gradient is summed over batch and time as
+    two axes, XLA's CPU backend first writes a transposed copy of the activations; over one axis it makes no copy.
     """
     lists = [list(labels) for _, labels in operands] + [list(out)]
     sizes = {label: n for array, labels in operands for label, n in zip(labels, array.shape, strict=True)}
@@ -175,7 +175,7 @@ def contract(
 
 
 def product(a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]) -> Float[Array, "*axes"]:
-    """The sum over rank of an aligned pair, a matmul wherever it can be one."""
+    """The sum over rank of an aligned pair, as a matmul where possible."""
     axes = range(a.ndim - 1)
     labels = [[n for n in axes if f.shape[n] != 1] for f in (a, b)]
     parts = [
@@ -190,6 +190,6 @@ def product(a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]) -> Flo
 def merge_kernel(
     kernel: Float[Array, "*axes"], a: Float[Array, "*axes rank"], b: Float[Array, "*axes rank"]
 ) -> Float[Array, "*axes"]:
-    """W plus an aligned pair's product, in W's dtype."""
+    """W plus the product of an aligned pair, in W's dtype."""
     wide = jnp.promote_types(kernel.dtype, a.dtype)
     return (kernel.astype(wide) + product(a.astype(wide), b.astype(wide))).astype(kernel.dtype)

@@ -1,4 +1,4 @@
-"""Walking nested trees of parameters: containers, slash paths, and the two ways to cut and join a tree.
+"""Nested trees of parameters: containers, slash paths, and how a tree is split and joined.
 
 A container is a mapping (dict, FrozenDict, nnx.State), a list, a tuple, or an object of a class registered with JAX as
 a pytree node (a flax.struct dataclass, an equinox module). Everything else is a leaf. A leaf may be boxed: an object
@@ -17,11 +17,12 @@ from jlora.errors import JloraTypeError, JloraValueError, count
 
 Tree = Any
 Leaf = Any
+# A slash path in a tree, such as "encoder/layer_0/query/kernel".
 TreePath = str
 
 _ABSENT = object()
 
-# Working code: tests run it. It holds for every pytree, since the dict's order does not matter to it.
+# A test runs this code. It works for every pytree, because it doesn't depend on the dict's order.
 AS_DICT = """\
 give jlora the tree's arrays as a dict, and the function its tree back:
     keys, treedef = jax.tree_util.tree_flatten_with_path(tree)
@@ -33,10 +34,10 @@ give jlora the tree's arrays as a dict, and the function its tree back:
 def children(tree: Tree) -> dict[Any, Tree] | None:
     """The named children of a container, None for a leaf.
 
-    Children of a list or a tuple, a NamedTuple too, are named by their positions.
+    The children of a list or a tuple, including a NamedTuple, are named by their positions.
     """
     if isinstance(tree, Mapping):
-        # nnx.State wraps its nested mappings anew on every access; the raw ones keep the tree's structure as it is.
+        # nnx.State wraps its nested mappings again on every access; the raw ones keep the tree's structure as it is.
         return dict(getattr(tree, "raw_mapping", tree))
     if isinstance(tree, list | tuple):
         return dict(enumerate(tree))
@@ -45,36 +46,36 @@ def children(tree: Tree) -> dict[Any, Tree] | None:
     fields = _fields(tree)
     if fields is not None and len(fields) == 1:
         (only,) = fields.values()
-        # A field that is None has lost its array to the other side of a `partition`: no box, then.
+        # A field is None if a `partition` put its array on the other side. Such an object is not a box.
         return fields if only is None or children(only) is not None else None
     return fields
 
 
 def _fields(node: Any) -> dict[Any, Any] | None:
     """The children of an object of a registered class by name, None for any other object."""
-    found, _ = _one_level(node)
-    if len(found) == 1 and not found[0][0]:
+    pairs, _ = _flatten_one_level(node)
+    if len(pairs) == 1 and not pairs[0][0]:
         return None
-    names = [jax.tree_util.keystr(keys, simple=True) for keys, _ in found]
+    names = [jax.tree_util.keystr(keys, simple=True) for keys, _ in pairs]
     if len(set(names)) < len(names):
-        return dict(enumerate(child for _, child in found))
-    return dict(zip(names, (child for _, child in found), strict=True))
+        return dict(enumerate(child for _, child in pairs))
+    return dict(zip(names, (child for _, child in pairs), strict=True))
 
 
-def _one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+def _flatten_one_level(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda child: child is not node)
 
 
 def rebuild(like: Tree, nodes: Mapping[Any, Tree]) -> Tree:
-    """A container of the same kind as `like` that holds `nodes`.
+    """A container of the same kind as `like` with the children `nodes`.
 
-    Only a mapping takes names that `like` does not have. Where another container lacks a node it holds None.
+    Only a mapping can take names that `like` does not have. Any other container holds None for a missing child.
 
     Raises:
-        ValueError: new names for a container that is not a mapping.
+        ValueError: there are new names, and the container is not a mapping.
     """
     if isinstance(like, dict):
-        # A copy keeps what a subclass holds besides: defaultdict's factory.
+        # A copy keeps the attributes of a subclass, such as defaultdict's factory.
         new = copy.copy(like)
         new.clear()
         new.update(nodes)
@@ -89,11 +90,11 @@ def rebuild(like: Tree, nodes: Mapping[Any, Tree]) -> Tree:
     items: list[Any] = [nodes.get(name) for name in names]
     if isinstance(like, list | tuple):
         return type(like)(*items) if hasattr(like, "_fields") else type(like)(items)
-    return jax.tree.unflatten(_one_level(like)[1], items)
+    return jax.tree.unflatten(_flatten_one_level(like)[1], items)
 
 
 def unbox(leaf: Leaf) -> Any:
-    """The array in a leaf, boxed or plain; None if the leaf holds none, as a Python number does."""
+    """The array in a leaf, boxed or plain; None if there is no array, as in a Python number."""
     values = jax.tree.leaves(leaf)
     return values[0] if len(values) == 1 and hasattr(values[0], "shape") else None
 
@@ -102,10 +103,10 @@ def box(like: Leaf, value: Any, axes: tuple[int | None, ...]) -> Leaf:
     """Puts `value` in a box of the same kind as `like`.
 
     Args:
-        like: the leaf beside which the new one will stand.
+        like: the leaf next to the new one.
         value: an array, or its abstract form.
-        axes: for every axis of `value` the axis of `like` it stands for, or None. A box that names its axes (linen's
-            Partitioned) hands the names on, so sharding rules hold for the new leaf too.
+        axes: for every axis of `value` the axis of `like` that it corresponds to, or None. A box that names its axes
+            (linen's Partitioned) gives these names to the new leaf, so that sharding rules apply to it too.
     """
     boxed = jax.tree.unflatten(jax.tree.structure(like), [value])
     names = getattr(like, "names", None)
@@ -129,12 +130,12 @@ def flatten(tree: Tree, who: str = "jlora") -> dict[TreePath, Any]:
         who: the public function that an error names.
 
     Raises:
-        ValueError: two arrays have one path, as those of the keys "a/b" and "a" -> "b" do, or of 0 and "0".
+        ValueError: several arrays have one path, for example under the keys "a/b" and "a" -> "b", or 0 and "0".
     """
     pairs = list(_walk(tree, ""))
     leaves = dict(pairs)
     if len(leaves) < len(pairs):
-        refuse_same_paths(who, [path for path, _ in pairs])
+        check_unique_paths(who, [path for path, _ in pairs])
     return leaves
 
 
@@ -149,30 +150,30 @@ def _walk(tree: Tree, path: TreePath) -> Iterator[tuple[TreePath, Any]]:
         yield from _walk(node, join_path(path, name))
 
 
-def refuse_same_paths(who: str, paths: Iterable[TreePath]) -> None:
-    """Raises where several arrays have one slash path.
+def check_unique_paths(who: str, paths: Iterable[TreePath]) -> None:
+    """Raises an error if several arrays have one slash path.
 
     Raises:
         ValueError: all such paths are listed.
     """
-    same = [f"{path!r}  {number} arrays" for path, number in Counter(paths).items() if number > 1]
-    if same:
-        problem = f"{count(len(same), 'slash path')} of the tree with several arrays."
-        fix = 'rename keys: "a/b" beside "a" -> "b", or 0 beside "0", have one path.'
-        raise JloraValueError(who, problem, same, fix)
+    repeated = [f"{path!r}  {number} arrays" for path, number in Counter(paths).items() if number > 1]
+    if repeated:
+        subject = count(len(repeated), "slash path of the tree has", "slash paths of the tree have")
+        fix = 'rename keys, so that none of them looks like another: "a/b" like "a" -> "b", or 0 like "0".'
+        raise JloraValueError(who, f"{subject} several arrays.", repeated, fix)
 
 
 def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[TreePath, Any]:
-    """The arrays of a tree that a public function was given, by slash path.
+    """The arrays of a tree, an argument of a public function, by slash path.
 
     Args:
         who: the public function.
-        tree: what it was given.
-        name: of the argument.
+        tree: the argument.
+        name: name of the argument.
 
     Raises:
-        TypeError: it is not a tree: None, a number, a function.
-        ValueError: it has no arrays, or two of them have one path.
+        TypeError: the argument is not a tree: None, a number, a function.
+        ValueError: the tree has no arrays, or several arrays have one path.
     """
     leaves = flatten(tree, who)
     if not leaves and children(tree) is None:
@@ -184,17 +185,17 @@ def read_arrays(who: str, tree: Tree, name: str = "params") -> dict[TreePath, An
     return leaves
 
 
-def places(tree: Tree, path: TreePath = "") -> dict[TreePath, tuple[Tree, Any]]:
-    """For every array of a tree, by slash path, the container it is in and its name there."""
-    found: dict[TreePath, tuple[Tree, Any]] = {}
+def find_containers(tree: Tree, path: TreePath = "") -> dict[TreePath, tuple[Tree, Any]]:
+    """The container of every array of a tree and the array's name in it, by slash path."""
+    containers: dict[TreePath, tuple[Tree, Any]] = {}
     for name, node in (children(tree) or {}).items():
-        where = join_path(path, name)
-        found |= {where: (tree, name)} if children(node) is None else places(node, where)
-    return found
+        child = join_path(path, name)
+        containers |= {child: (tree, name)} if children(node) is None else find_containers(node, child)
+    return containers
 
 
 def edit(tree: Tree, change: Callable[[TreePath, dict[Any, Tree]], Mapping[Any, Tree]], path: TreePath = "") -> Tree:
-    """Rebuilds a tree from the leaves up; `change` gets every container's path and children and gives new children."""
+    """Rebuilds a tree from the leaves up; `change` maps each container's path and children to its new children."""
     nodes = children(tree)
     if nodes is None:
         return tree
@@ -203,7 +204,7 @@ def edit(tree: Tree, change: Callable[[TreePath, dict[Any, Tree]], Mapping[Any, 
 
 
 def map_with_path(fn: Callable[[TreePath, Any], Any], tree: Tree, path: TreePath = "") -> Tree:
-    """Maps arrays, with their slash paths, to whatever `fn` gives; boxes are kept."""
+    """Replaces every array by `fn(path, array)`; boxes stay."""
     nodes = children(tree)
     if nodes is None:
         return jax.tree.map(lambda value: fn(path, value), tree)
@@ -211,10 +212,10 @@ def map_with_path(fn: Callable[[TreePath, Any], Any], tree: Tree, path: TreePath
 
 
 def partition(tree: Tree, chosen: Callable[[TreePath, Any], bool]) -> tuple[Tree, Tree]:
-    """Cuts a tree in two: the leaves for which `chosen(path, array)` holds, and all the rest.
+    """Splits a tree in two: the leaves for which `chosen(path, array)` is true, and all others.
 
-    Both sides keep the containers' kinds. A container left without a leaf is dropped, except one that was empty
-    before, which stays with the rest; a place in a list holds None where the leaf went to the other side.
+    Both sides keep the kinds of the containers. A container without a leaf is dropped from a side, except that a
+    container that was empty before stays on the second side. A list holds None where its leaf is on the other side.
     """
     yes, no = _partition(tree, chosen, "")
     whole = lambda side: rebuild(tree, {}) if side is _ABSENT else side
@@ -235,19 +236,19 @@ def _partition(tree: Tree, chosen: Callable[[TreePath, Any], bool], path: TreePa
 
 
 def union(left: Tree, right: Tree, path: TreePath = "") -> Tree:
-    """Glues what `partition` cut. The containers' kinds are those of `right`.
+    """Joins the two sides of a `partition`. The containers have the kinds of those in `right`.
 
     Raises:
-        ValueError: a leaf stands on both sides.
+        ValueError: a leaf is on both sides.
     """
     if left is None or right is None:
         return right if left is None else left
-    ours, theirs = children(left), children(right)
-    if ours is None or theirs is None:
+    left_nodes, right_nodes = children(left), children(right)
+    if left_nodes is None or right_nodes is None:
         raise JloraValueError(
-            "join", f"{path or 'the tree'} has a leaf on both sides.", [], "pass the two halves of one split."
+            "join", f"{path or 'the tree'} has a leaf on both sides.", [], "pass the two results of one jlora.split."
         )
-    nodes = dict(theirs)
-    for name, node in ours.items():
-        nodes[name] = union(node, theirs[name], join_path(path, name)) if name in theirs else node
+    nodes = dict(right_nodes)
+    for name, node in left_nodes.items():
+        nodes[name] = union(node, right_nodes[name], join_path(path, name)) if name in right_nodes else node
     return rebuild(right, nodes)

@@ -1,4 +1,4 @@
-"""Which kernels get an adapter, and of what rank: patterns and rules matched against slash paths."""
+"""Targets: patterns and rules, matched against slash paths, that choose the kernels to adapt and their ranks."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,11 +11,11 @@ Pattern = str | Iterable[str]
 
 
 class Rule(NamedTuple):
-    """What a kernel's adapter is; a field left None takes wrap's own.
+    """The rank and alpha of a kernel's adapter. A field that is None has the value of `wrap`'s argument.
 
     Attributes:
         rank: columns of A and rows of B.
-        alpha: numerator of the scaling; None means wrap's alpha, and that failing, the rule's rank.
+        alpha: numerator of the scaling; None means `wrap`'s alpha, or the rank if that is None too.
     """
 
     rank: int | None = None
@@ -26,15 +26,15 @@ Targets = Pattern | Mapping[str | tuple[str, ...], int | Rule]
 
 
 def is_kernel(path: TreePath, value: Any) -> bool:
-    """Whether a pattern that names a whole module means this leaf of it: two axes or more, no bias, no scale."""
+    """Whether the name of a module, as a target, includes this leaf of it: two axes or more, no bias, no scale."""
     return len(value.shape) >= 2 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
 
 
-def matcher(pattern: Pattern) -> Callable[[TreePath], bool]:
-    """The test that a pattern stands for.
+def make_matcher(pattern: Pattern) -> Callable[[TreePath], bool]:
+    """A function that tests whether a path matches a pattern.
 
     A string is a regular expression that must match the whole slash path. A list holds names, each of one or more
-    components; a name matches a path, or the path of the module the leaf is in, that equals it or ends with it.
+    components. A name matches a leaf if the path of the leaf, or of the leaf's module, equals the name or ends with it.
     """
     if isinstance(pattern, str):
         expression = re.compile(pattern)
@@ -45,36 +45,38 @@ def matcher(pattern: Pattern) -> Callable[[TreePath], bool]:
     )
 
 
-def parts(pattern: Pattern) -> tuple[Pattern, ...]:
-    """The patterns that must each match something: a list is as good as its weakest name."""
+def split_pattern(pattern: Pattern) -> tuple[Pattern, ...]:
+    """The parts of a pattern that must each match something: every name of a list."""
     return (pattern,) if isinstance(pattern, str) else tuple((name,) for name in pattern)
 
 
-def resolve(targets: Targets, leaves: Mapping[TreePath, Any]) -> dict[TreePath, Rule]:
-    """The kernels that `targets` names, each with the rule that matched it first.
+def resolve_targets(targets: Targets, leaves: Mapping[TreePath, Any]) -> dict[TreePath, Rule]:
+    """The kernels that match `targets`, each with the first rule that matches it.
 
     Raises:
         ValueError: a pattern matches no kernel; all such patterns are listed, with the nearest paths.
     """
-    rules = targets if isinstance(targets, Mapping) else {_frozen(targets): Rule()}
+    rules = targets if isinstance(targets, Mapping) else {_freeze(targets): Rule()}
     kernels = [path for path, value in leaves.items() if is_kernel(path, value)]
-    check_matches("wrap", [part for pattern in rules for part in parts(pattern)], kernels, "target", "kernel")
-    tests = [(matcher(pattern), rule if isinstance(rule, Rule) else Rule(rank=rule)) for pattern, rule in rules.items()]
+    check_matches("wrap", [part for pattern in rules for part in split_pattern(pattern)], kernels, "target", "kernel")
+    tests = [
+        (make_matcher(pattern), rule if isinstance(rule, Rule) else Rule(rank=rule)) for pattern, rule in rules.items()
+    ]
     first = {path: next((rule for test, rule in tests if test(path)), None) for path in kernels}
     return {path: rule for path, rule in first.items() if rule is not None}
 
 
-def select(who: str, patterns: Pattern, paths: Iterable[TreePath]) -> set[TreePath]:
-    """The paths that `patterns` names, for leaves trained in full; every pattern must match one."""
+def select_paths(who: str, patterns: Pattern, paths: Iterable[TreePath]) -> set[TreePath]:
+    """The paths of the leaves to train in full, those that match `patterns`. Every pattern must match a path."""
     if not isinstance(patterns, Iterable):
         fix = "pass a regular expression, or a list of names of modules or leaves."
         raise JloraTypeError(who, f"train is {patterns!r}.", [], fix)
     paths = list(paths)
-    patterns = _frozen(patterns)
-    check_matches(who, parts(patterns), paths, "train pattern", "leaf", "leaves")
-    # A module's name stands for all its leaves, however deep; wrap's targets mean a module's own kernel.
+    patterns = _freeze(patterns)
+    check_matches(who, split_pattern(patterns), paths, "train pattern", "leaf", "leaves")
+    # A module's name includes all leaves inside the module, at any depth. In wrap's targets it means one kernel.
     names = () if isinstance(patterns, str) else patterns
-    test = matcher(patterns)
+    test = make_matcher(patterns)
     return {path for path in paths if test(path) or any(f"/{name}/" in f"/{path}" for name in names)}
 
 
@@ -84,24 +86,24 @@ def check_matches(
     """Raises one error that lists every pattern matching none of `paths`.
 
     Raises:
-        ValueError: a pattern matches nothing, or is no regular expression.
+        ValueError: a pattern matches nothing, or is not a regular expression.
     """
-    lost: list[str] = []
+    unmatched: list[str] = []
     for pattern in patterns:
         text = pattern if isinstance(pattern, str) else next(iter(pattern))
         try:
-            test = matcher(pattern)
+            test = make_matcher(pattern)
         except re.error as error:
             raise JloraValueError(
-                who, f"a {what} is no regular expression.", [f"{text!r}  {error}"], "correct the pattern."
+                who, f"a {what} is not a regular expression.", [f"{text!r}  {error}"], "correct the pattern."
             ) from None
         inside = not isinstance(pattern, str) and what != "target"
         if not any(test(path) or (inside and f"/{text}/" in f"/{path}") for path in paths):
-            lost.append(f"{text!r}  nearest: {quoted(nearest(text, paths))}")
-    if lost:
-        problem = f"{count(len(lost), what)} matched no {kind}."
-        raise JloraValueError(who, problem, lost, "correct the pattern, or delete it.")
+            unmatched.append(f"{text!r}  nearest: {quoted(nearest(text, paths))}")
+    if unmatched:
+        problem = f"{count(len(unmatched), what)} matched no {kind}."
+        raise JloraValueError(who, problem, unmatched, "correct the pattern, or delete it.")
 
 
-def _frozen(pattern: Pattern) -> str | tuple[str, ...]:
+def _freeze(pattern: Pattern) -> str | tuple[str, ...]:
     return pattern if isinstance(pattern, str) else tuple(pattern)

@@ -19,7 +19,7 @@ from jlora.models.decoder import Decoder, DecoderConfig, rope_table, rotate
 from jlora.models.layers import join_heads, split_heads
 from jlora.training.step import TrainState, make_train_step
 from jlora.tree.paths import flatten
-from jlora.tree.wrapping import join
+from jlora.tree.splitting import join
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import methods

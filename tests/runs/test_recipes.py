@@ -39,7 +39,9 @@ from jlora.runs.inspection import load_adapted
 from jlora.tasks.tasks import TASKS, log_softmax
 from jlora.training.checkpoint import describe_model, write_digests
 from jlora.tree.paths import flatten
-from jlora.tree.wrapping import merge, split, summary
+from jlora.tree.splitting import split
+from jlora.tree.summary import summary
+from jlora.tree.wrapping import merge
 
 TASK_NAMES = tuple(TASKS)
 MEASURES = {

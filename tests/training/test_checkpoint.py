@@ -25,7 +25,8 @@ from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.training.step import TrainState, make_train_step
 from jlora.transform.adapt import adapt
 from jlora.tree.paths import flatten, map_with_path
-from jlora.tree.wrapping import join, split, wrap
+from jlora.tree.splitting import join, split
+from jlora.tree.wrapping import wrap
 
 CONTAINERS = {"dict": dict, "FrozenDict": core.freeze, "State": nnx.State}
 

@@ -8,7 +8,8 @@ import pytest
 
 from jlora.training.losses import cross_entropy
 from jlora.transform.adapt import adapt
-from jlora.tree.wrapping import join, merge, split, wrap
+from jlora.tree.splitting import join, split
+from jlora.tree.wrapping import merge, wrap
 
 
 def head(params, hidden):

@@ -11,7 +11,8 @@ from flax.training.train_state import TrainState
 from jlora.training.optimizer import optimizer
 from jlora.transform.adapt import adapt
 from jlora.tree.paths import flatten
-from jlora.tree.wrapping import join, split, wrap
+from jlora.tree.splitting import join, split
+from jlora.tree.wrapping import wrap
 
 CONTAINERS = {"dict": dict, "FrozenDict": core.freeze, "State": nnx.State}
 

@@ -10,7 +10,8 @@ import pytest
 
 from jlora.training.run_state import RunCheckpoints, _plain
 from jlora.training.step import TrainState
-from jlora.tree.wrapping import split, wrap
+from jlora.tree.splitting import split
+from jlora.tree.wrapping import wrap
 
 STEPS = (2, 4, 6)
 

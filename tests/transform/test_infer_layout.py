@@ -202,7 +202,7 @@ def test_axes_that_cannot_be_told_apart_are_absent_and_wrap_names_both_ways_out(
     with pytest.raises(ValueError) as error:
         wrap(params, 2, layout=infer_layout(fn, params, X), targets="kernel")
     first, offender, fix = str(error.value).splitlines()
-    assert first == "wrap: the layout of 1 kernel can't be told from name and shape."
+    assert first == "wrap: the layout of 1 kernel can't be determined from name and shape."
     assert offender == "  'kernel' float32[6, 2, 2]"
     assert fix.startswith("Fix: ") and "layout=jlora.infer_layout(fn, params, *args)" in fix
     assert "layout={path: letters}" in fix

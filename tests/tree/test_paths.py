@@ -1,4 +1,4 @@
-"""Trees of every container JAX knows: walked by slash path, cut and joined, or refused by name."""
+"""Trees of every kind of container that JAX knows: read by slash path, split and joined, or refused by name."""
 
 import textwrap
 from collections import OrderedDict
@@ -108,16 +108,16 @@ def test_objects_of_registered_classes_are_walked_by_every_function(kind: Any, t
 @every_kind
 def test_a_kernel_in_an_object_is_refused_by_name_and_the_fix_in_the_error_works(kind: Any) -> None:
     tree = network(kind)["out"]
-    with pytest.raises(ValueError, match=r"wrap: 1 kernel directly in (.|\n)*in a " + kind.__name__) as caught:
+    with pytest.raises(ValueError, match=r"wrap: 1 kernel is directly in (.|\n)*in a " + kind.__name__) as caught:
         jlora.wrap(tree, 2, targets=".*(weight|0)")
     assert AS_DICT in str(caught.value)
     names: dict[str, Any] = {"jax": jax, "tree": tree, "fn": lambda tree, x: x @ tree.weight + tree.bias}
     exec(textwrap.dedent(AS_DICT.partition("\n")[2]), names)
     fn, params = names["fn_of_dict"], names["params"]
     params = trained(jlora.wrap(params, 2, layout=jlora.infer_layout(fn, params, X)))
-    found, expected = jlora.adapt(fn)(params, X), fn(jlora.merge(params), X)
-    assert not np.allclose(found, names["fn"](tree, X))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    outputs, expected = jlora.adapt(fn)(params, X), fn(jlora.merge(params), X)
+    assert not np.allclose(outputs, names["fn"](tree, X))
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapter_of_a_dict_is_not_attached_to_an_object_of_the_same_paths() -> None:
@@ -127,7 +127,7 @@ def test_an_adapter_of_a_dict_is_not_attached_to_an_object_of_the_same_paths() -
     assert "\nFix: " in str(caught.value)
 
 
-def test_a_box_whose_array_went_to_the_other_half_is_joined_again() -> None:
+def test_a_box_whose_array_is_on_the_other_side_is_joined_again() -> None:
     params = {"dense": {"kernel": KERNEL}, "all": [FlaxLinear(FlaxLinear(KERNEL, None), None)]}
     wrapped = jlora.wrap(params, 2)
     assert same(jlora.join(*jlora.split(wrapped, train=["all"])), wrapped)
@@ -156,16 +156,18 @@ def test_a_module_with_the_name_of_an_adapters_leaf_is_a_module(suffix: str) -> 
 def test_an_array_with_the_name_of_an_adapters_leaf_is_refused(suffix: str) -> None:
     base = {"dense": {"kernel": KERNEL, f"gate{suffix}": KERNEL}}
     for call in (jlora.wrap, lambda base: jlora.infer_layout(lambda params: 0, base)):
-        with pytest.raises(ValueError, match=f"1 array of the base with the name(.|\n)*'dense/gate{suffix}'\nFix: "):
+        with pytest.raises(
+            ValueError, match=f"1 array of the base is named like the leaves(.|\n)*'dense/gate{suffix}'\nFix: "
+        ):
             call(base)
 
 
-def test_a_module_in_the_place_of_an_adapters_leaf_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"1 name for an adapter's leaves already in use.\n  'dense/kernel'  beside"):
+def test_a_module_with_the_name_of_a_new_adapter_leaf_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"1 name for an adapter leaf is already in use.\n  'dense/kernel'  beside"):
         jlora.wrap({"dense": {"kernel": KERNEL, "kernel_lora_b": {"kernel": KERNEL}}}, 2, targets=["dense"])
 
 
-TWICE = {
+REPEATED = {
     "slash in a key": ({"a/b": {"kernel": KERNEL}, "a": {"b": {"kernel": KERNEL}}}, "a/b/kernel"),
     "number and text": (OrderedDict({0: {"kernel": KERNEL}, "0": {"kernel": KERNEL}}), "0/kernel"),
     "empty key": ({"": {"kernel": KERNEL}, "kernel": KERNEL}, "kernel"),
@@ -173,7 +175,7 @@ TWICE = {
 WRAPPED = jlora.wrap({"dense": {"kernel": KERNEL}}, 2)
 
 
-@pytest.mark.parametrize("tree, path", TWICE.values(), ids=TWICE)
+@pytest.mark.parametrize("tree, path", REPEATED.values(), ids=REPEATED)
 def test_two_arrays_of_one_path_are_refused_by_every_function_that_reads_a_tree(
     tree: Any, path: str, tmp_path: Any
 ) -> None:
@@ -189,7 +191,7 @@ def test_two_arrays_of_one_path_are_refused_by_every_function_that_reads_a_tree(
         for name in ("merge", "unwrap", "split", "extract", "mask", "summary", "spectrum")
     }
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"^{name}: 1 slash path of the tree with several arrays") as caught:
+        with pytest.raises(ValueError, match=f"^{name}: 1 slash path of the tree has several arrays") as caught:
             call()
         assert f"\n  {path!r}  2 arrays\nFix: " in str(caught.value)
     assert not (tmp_path / "new").exists()
@@ -208,7 +210,9 @@ def test_a_kernel_under_a_number_is_refused_where_jax_could_not_sort_the_keys() 
             self.layers = nnx.List([nnx.Param(KERNEL)])
 
     for tree in ({0: KERNEL}, nnx.split(Net())[1]):
-        with pytest.raises(ValueError, match=r"1 kernel under a key that is not a string.\n  '.*0'  under the key 0"):
+        with pytest.raises(
+            ValueError, match=r"1 kernel is under a key that is not a string.\n  '.*0'  under the key 0"
+        ):
             jlora.wrap(tree, 2, targets=".*0")
     ordered = jlora.wrap(OrderedDict({0: KERNEL}), 2, targets="0")
     assert len(jax.tree.leaves(ordered)) == 4
@@ -219,7 +223,7 @@ ONE_TREE = ("wrap", "merge", "unwrap", "split", "extract", "mask", "summary", "s
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_what_is_no_tree_of_arrays_is_one_error_in_every_function(other: Any, tmp_path: Any) -> None:
+def test_an_argument_that_is_not_a_tree_of_arrays_is_one_error_in_every_function(other: Any, tmp_path: Any) -> None:
     calls = {name: lambda name=name: getattr(jlora, name)(other) for name in ONE_TREE} | {
         "attach": lambda: jlora.attach(other, {"dense": {"kernel": KERNEL}}),
         "infer_layout": lambda: jlora.infer_layout(lambda params: 0, other),

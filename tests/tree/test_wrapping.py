@@ -1,4 +1,4 @@
-"""The wrapped tree: what stands beside a kernel, what it counts, and how it comes apart and together."""
+"""The wrapped tree: the leaves beside a kernel, their counts, and how the tree is split and joined."""
 
 from collections import defaultdict
 from typing import Any
@@ -52,7 +52,7 @@ def with_b(params: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", TREES.values(), ids=TREES)
-def test_unwrap_gives_back_the_very_tree_that_was_wrapped(make: Any) -> None:
+def test_unwrap_returns_the_tree_before_wrap(make: Any) -> None:
     params = make()
     assert same(jlora.unwrap(jlora.wrap(params, rank=2)), params)
 
@@ -189,7 +189,7 @@ def test_targets_set_ranks_and_alphas_by_kernel_and_the_first_match_wins() -> No
     }
 
 
-def test_a_rank_is_capped_by_kernel_only_when_asked_and_the_summary_marks_it() -> None:
+def test_a_rank_is_capped_by_kernel_only_with_cap_rank_and_the_summary_marks_it() -> None:
     params = {"body": {"kernel": jnp.ones((32, 16))}, "score": {"kernel": jnp.ones((32, 2))}}
     with pytest.raises(
         ValueError, match=r"'score/kernel' float32\[32, 2\]  rank 8, allowed 1 to 2(.|\n)*cap_rank=True"
@@ -223,7 +223,7 @@ def test_flax_attention_is_known_and_a_stacked_dense_of_the_same_name_is_not() -
     node = jlora.wrap(params, rank=2)
     assert node["query"]["kernel_lora_b"].shape == (2, 2, 4) and node["out"]["kernel_lora_a"].shape == (2, 4, 2)
     stacked = {name: {"kernel": jnp.ones((3, 6, 6))} for name in ("query", "key", "value", "out")}
-    with pytest.raises(ValueError, match="layout of 4 kernels can't be told"):
+    with pytest.raises(ValueError, match="layout of 4 kernels can't be determined"):
         jlora.wrap(stacked)
 
 
@@ -241,7 +241,7 @@ def test_lists_of_layers_are_trees_too() -> None:
     assert same(jlora.unwrap(wrapped), params)
 
 
-def test_subclasses_of_dict_and_leaves_that_are_no_arrays_stay_as_they_are() -> None:
+def test_subclasses_of_dict_and_leaves_that_are_not_arrays_stay_as_they_are() -> None:
     params = defaultdict(dict, dense(6, 4), eps=1e-5)
     wrapped = jlora.wrap(params, 2)
     assert isinstance(wrapped, defaultdict) and wrapped.default_factory is dict
@@ -249,7 +249,7 @@ def test_subclasses_of_dict_and_leaves_that_are_no_arrays_stay_as_they_are() -> 
     assert same(jlora.unwrap(wrapped), params)
 
 
-def test_a_layout_given_for_a_path_is_no_pattern_for_others() -> None:
+def test_a_layout_for_a_path_is_not_a_pattern_for_other_paths() -> None:
     stacked = {"l.0": {"w": jnp.ones((2, 4, 4))}, "l_0": {"w": jnp.ones((4, 4))}}
     wrapped = jlora.wrap(stacked, 2, layout={"l.0/w": "sio"})
     assert set(wrapped["l_0"]) == {"w"} and wrapped["l.0"]["w_lora_a"].shape == (2, 4, 2)
@@ -266,8 +266,8 @@ ERRORS = {
         lambda: jlora.wrap(tree(), 2, targets=["querry", "value", "foo"]),
         r"2 targets matched no kernel.\n  'querry'  nearest: 'encoder/layer_\d/query/kernel'(.|\n)*'foo'",
     ),
-    "regex that is none": (lambda: jlora.wrap(tree(), 2, targets="*kernel"), "not a regular expression"),
-    "untold layout": (
+    "invalid regex": (lambda: jlora.wrap(tree(), 2, targets="*kernel"), "not a regular expression"),
+    "unknown layout": (
         lambda: jlora.wrap({"conv": {"kernel": jnp.ones((3, 3, 4, 5))}}),
         r"'conv/kernel' float32\[3, 3, 4, 5\]\nFix: pass layout=jlora.infer_layout.*or layout=",
     ),
@@ -277,14 +277,17 @@ ERRORS = {
     ),
     "kernel in a list": (
         lambda: jlora.wrap({"a": [jnp.ones((4, 4))], "b": {"kernel": jnp.ones((4, 4))}}, 2, targets=".*"),
-        "1 kernel directly in a list or tuple(.|\n)*'a/0'",
+        "1 kernel is directly in a list or tuple(.|\n)*'a/0'",
     ),
-    "layout that misfits": (
+    "layout that does not fit": (
         lambda: jlora.wrap({"conv": {"kernel": jnp.ones((3, 3, 4))}}, 2, layout={"conv/kernel": "io"}),
-        "layout 'io'(.|\n)*one letter an axis",
+        "layout 'io'(.|\n)*one letter per axis",
     ),
     "wrapped already": (lambda: jlora.wrap(jlora.wrap(dense(6, 4), 2)), "already wrapped"),
-    "integer kernel": (lambda: jlora.wrap(INTEGERS, 2), "no floating dtype.\n  'dense/kernel' int8"),
+    "integer kernel": (
+        lambda: jlora.wrap(INTEGERS, 2),
+        "that is not floating.\n  'dense/kernel' int8",
+    ),
     "empty tree": (lambda: jlora.wrap({}), "no arrays"),
     "nothing named kernel": (lambda: jlora.wrap({"w": jnp.ones((4, 4))}, 2), "no leaf is named 'kernel'(.|\n)*'w'"),
     "no adapter to merge": (lambda: jlora.merge(dense(6, 4)), "merge: the tree has no adapter"),
@@ -316,7 +319,7 @@ def test_bad_input_is_one_error_that_names_it_and_the_fix(call: Any, words: str)
     assert "\nFix: " in str(caught.value)
 
 
-def test_a_rank_that_is_no_whole_number_is_a_type_error() -> None:
+def test_a_rank_that_is_not_an_int_is_a_type_error() -> None:
     with pytest.raises(TypeError, match="rank must be an int"):
         jlora.wrap(dense(6, 4), 2.0)  # type: ignore[arg-type]
 
