@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from jlora.errors import JloraValueError, count
 from jlora.hf import sentence_transformers
-from jlora.hf.families import FAMILIES, LABELLED, VOCABULARY, Family, Weight, family_of, weights
+from jlora.hf.families import FAMILIES, Weight, family_of, weights
 from jlora.hf.files import staged
 from jlora.hf.folder import (
     SAFELY,
@@ -38,6 +38,7 @@ from jlora.hf.folder import (
 from jlora.hf.formats import find_shards, missing_config, missing_weights, not_a_folder, unknown_model
 from jlora.hf.quantized import find_quantization
 from jlora.hf.tokenizer import delete_tokenizer, read_tokenizer, write_tokenizer
+from jlora.models.family import LABELLED, VOCABULARY, Family
 from jlora.models.layers import Origin
 from jlora.tree.paths import flatten
 from jlora.tree.wrapping import is_wrapped, merge

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import JloraValueError
+from jlora.models.family import Family
 from jlora.models.layers import (
     ACTIVATIONS,
     Origin,
@@ -413,3 +414,49 @@ class Bert(nn.Module):
         if self.pooling == "mean":
             return mean_pool(hidden, attention_mask)
         return self.pooler(hidden) if self.pooling == "pooler" else hidden[:, 0]
+
+
+FAMILIES = {
+    "bert": Family(
+        module=Bert,
+        config=BertConfig,
+        prefix="bert.",
+        stack="layer",
+        heads={
+            "classification": "BertForSequenceClassification",
+            "token_classification": "BertForTokenClassification",
+            "masked_lm": "BertForMaskedLM",
+        },
+        default=None,
+        bare="BertModel",
+        head_modules=("classifier", "cls", "qa_outputs"),
+        spellings=(
+            (r"^(embeddings|encoder|pooler)\.", r"bert.\1."),
+            # The names of TensorFlow's LayerNorm, in checkpoints converted from the original release.
+            (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+            (r"LayerNorm\.beta$", "LayerNorm.bias"),
+        ),
+        unread=(
+            # Buffers of constants (0, 1, 2, ... and zeros) that older versions saved.
+            r"bert\.embeddings\.(position|token_type)_ids",
+            # Belongs to the body in the file, but only classification from the pooler reads it.
+            r"bert\.pooler\.dense\.(weight|bias)",
+            # The next-sentence head of the original release.
+            r"cls\.seq_relationship\.(weight|bias)",
+            # An untied head has another bias beside its decoder's, and adds that one only.
+            r"cls\.predictions\.bias",
+        ),
+        unread_modules=("pooler",),
+        copies={
+            "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+            "cls.predictions.decoder.bias": "cls.predictions.bias",
+        },
+        vocabulary={
+            "embeddings/word_embeddings/embedding": 0,
+            "cls/predictions/bias": 0,
+            "cls/predictions/decoder/kernel": 1,
+            "cls/predictions/decoder/bias": 0,
+        },
+        pooled=True,
+    ),
+}

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import JloraValueError, count
+from jlora.models.family import Family
 from jlora.models.layers import (
     ACTIVATIONS,
     Cache,
@@ -548,3 +549,44 @@ class Decoder(nn.Module):
 
 def dense(config: DecoderConfig, features: int, name: str | None = None, bias: bool = False) -> nn.Dense:
     return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def decoder_family(name: str, *, classifier: str | None = None, tokens: bool = True) -> Family:
+    """A family that differs from its kin in the config alone.
+
+    Args:
+        name: of its architectures, as in "LlamaForCausalLM".
+        classifier: the architecture that classifies texts, where it is not named as the others.
+        tokens: transformers has one that classifies tokens.
+    """
+    heads = {
+        "causal_lm": f"{name}ForCausalLM",
+        "classification": classifier or f"{name}ForSequenceClassification",
+    }
+    return Family(
+        module=Decoder,
+        config=DecoderConfig,
+        prefix="model.",
+        stack="layers",
+        heads=heads | ({"token_classification": f"{name}ForTokenClassification"} if tokens else {}),
+        default="causal_lm",
+        bare=None,
+        head_modules=("lm_head", "score"),
+        # A bare model is saved without the prefix.
+        spellings=((r"^(embed_tokens|layers|norm)\.", r"model.\1."),),
+        # Frequencies that older versions saved; they follow from the config.
+        unread=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        copies={"lm_head.weight": "model.embed_tokens.weight"},
+        vocabulary={"embed_tokens/embedding": 0, "lm_head/kernel": 1},
+    )
+
+
+FAMILIES = {
+    "llama": decoder_family("Llama"),
+    "mistral": decoder_family("Mistral"),
+    "qwen2": decoder_family("Qwen2"),
+    "qwen3": decoder_family("Qwen3"),
+    "gemma": decoder_family("Gemma"),
+    "gemma2": decoder_family("Gemma2"),
+    "gemma3_text": decoder_family("Gemma3", classifier="Gemma3TextForSequenceClassification", tokens=False),
+}

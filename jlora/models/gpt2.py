@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import JloraValueError
+from jlora.models.family import Family
 from jlora.models.layers import (
     ACTIVATIONS,
     Cache,
@@ -343,3 +344,28 @@ def dense(config: Gpt2Config, features: int, name: str) -> nn.Dense:
 
 def norm(config: Gpt2Config, name: str | None = None) -> nn.LayerNorm:
     return layer_norm(config.norm_eps, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+FAMILIES = {
+    "gpt2": Family(
+        module=Gpt2,
+        config=Gpt2Config,
+        prefix="transformer.",
+        stack="h",
+        heads={
+            "causal_lm": "GPT2LMHeadModel",
+            "classification": "GPT2ForSequenceClassification",
+            "token_classification": "GPT2ForTokenClassification",
+        },
+        default="causal_lm",
+        bare=None,
+        head_modules=("lm_head", "score", "classifier"),
+        # Conv1D stores (in, out).
+        transpose=False,
+        spellings=((r"^(wte|wpe|h|ln_f)\.", r"transformer.\1."),),
+        # Causal masks that older versions saved.
+        unread=(r"transformer\.h\.\d+\.attn\.(masked_)?bias",),
+        copies={"lm_head.weight": "transformer.wte.weight"},
+        vocabulary={"wte/embedding": 0, "lm_head/kernel": 1},
+    ),
+}

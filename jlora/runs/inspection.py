@@ -12,13 +12,13 @@ from jaxtyping import Float
 from jlora.adapters.spectrum import Trio, effective_rank, kernel_norms, matrices, rank_for, singular_values, trio_of
 from jlora.errors import JloraFileNotFoundError, JloraValueError
 from jlora.hf import peft, sentence_transformers
-from jlora.hf.families import LABELLED
 from jlora.hf.load import LoadedModel, find_family, find_folder, load_model, read_json, read_pooling, shapes
 from jlora.hf.modules import Table
 from jlora.hf.patterns import PatternMatcher
 from jlora.hf.peft import CLASSIFIERS
 from jlora.hf.peft_files import advise
 from jlora.hf.tokenizer import use_tokenizer
+from jlora.models.family import LABELLED
 from jlora.runs.config import read as read_job
 from jlora.runs.folder import ADAPTER, CONFIG, load_run
 from jlora.training.checkpoint import METADATA, read_adapter, read_metadata, restore_adapter

@@ -22,8 +22,9 @@ import numpy as np
 
 from jlora.data.batches import Row, pad
 from jlora.errors import JloraValueError, nearest
-from jlora.hf.families import LABELLED, family_of
+from jlora.hf.families import family_of
 from jlora.hf.load import LoadedModel, load_model, shapes
+from jlora.models.family import LABELLED
 from jlora.runs import config as configs
 from jlora.runs.engine import make_optimizer, prepare
 from jlora.tasks.tasks import TASKS, Task
