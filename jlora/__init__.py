@@ -74,37 +74,18 @@ HOMES = {
     "wrap": "tree.wrapping",
 }
 __all__ = sorted(HOMES)
-# The extra that installs each package which is not a base dependency.
-EXTRAS = {
-    "grain": "cli",
-    "huggingface_hub": "hf",
-    "jinja2": "hf",
-    "matplotlib": "cli",
-    "pyarrow": "cli",
-    "regex": "hf",
-    "rich": "cli",
-    "safetensors": "hf",
-    "tensorboardX": "cli",
-    "tokenizers": "hf",
-    "transformers": "hf",
-    "tyro": "cli",
-}
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'jlora' has no attribute {name!r}")
+    # Not at the top: `import jlora` imports no other module.
+    from jlora.errors import JloraImportError
+
     try:
         value = getattr(importlib.import_module(f"jlora.{HOMES[name]}"), name)
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        from jlora.errors import JloraImportError
-
-        extra = EXTRAS[package]
-        fix = f'install the extra: python -m pip install "jlora[{extra}]".'
-        raise JloraImportError(f"jlora.{name}", f"the package {package} is not installed.", [], fix) from error
+    except JloraImportError as error:
+        raise JloraImportError(f"jlora.{name}", error.problem, error.offenders, error.fix) from None
     globals()[name] = value
     return value
 

@@ -7,9 +7,24 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "jlora"
-STANDS_ON_JAX = ("errors", "tree", "transform", "adapters")
-FLOORS = ("errors", "tree", "transform", "adapters", "training", "models", "hf", "data", "tasks", "runs", "cli")
-FILES = sorted([ROOT / "errors.py", *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))])
+STANDS_ON_JAX = ("errors", "extras", "tree", "transform", "adapters")
+FLOORS = (
+    "errors",
+    "extras",
+    "tree",
+    "transform",
+    "adapters",
+    "training",
+    "models",
+    "hf",
+    "data",
+    "tasks",
+    "runs",
+    "cli",
+)
+FILES = sorted(
+    [ROOT / "errors.py", ROOT / "extras.py", *(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))]
+)
 
 
 def imported(path: Path) -> list[str]:

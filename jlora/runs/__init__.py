@@ -1,0 +1,3 @@
+from jlora.extras import require_extra
+
+require_extra("cli", "jlora.runs")
