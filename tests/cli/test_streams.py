@@ -106,7 +106,7 @@ def test_what_the_system_or_the_locale_refuses_is_one_message_with_a_fix(tmp_pat
     def raised(act) -> str:
         with pytest.raises((OSError, UnicodeError)) as caught:
             act()
-        return describe_error(caught.value)
+        return str(describe_error(caught.value))
 
     gone = tmp_path / "gone"
     assert raised(gone.read_text) == (
