@@ -4,7 +4,6 @@ import contextlib
 import doctest
 import importlib
 import io
-import pkgutil
 import re
 import tomllib
 from pathlib import Path
@@ -13,17 +12,17 @@ from typing import Any
 import pytest
 
 import jlora
-from jlora.recipes import config as configs
+from jlora.runs import config as configs
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 # A setup that readers don't see, in an HTML comment; a program; the text it prints; a part of a job's file.
 BLOCK = re.compile(r"^<!-- setup\n(.*?)^-->$|^```(python|text|toml)\n(.*?)^```$", re.M | re.S)
 NOT_RUN = "# Not run in the tests: "
 MAX_NOT_RUN = 6
 NUMBER = re.compile(r"[-+]?\d+\.\d+(?:e[-+]?\d+)?")
-MODULES = sorted(module.name for module in pkgutil.walk_packages(jlora.__path__, "jlora.") if "__main__" not in module.name)
+EXAMPLES = [path for path in sorted((ROOT / "jlora").rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 
 def name(page: Path) -> str:
@@ -100,10 +99,11 @@ def test_every_part_of_a_job_in_the_docs_is_read_by_train():
 def test_the_reference_has_every_public_name_once():
     reference = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "api").glob("*.md")))
     documented = re.findall(r"^::: jlora\.(\w+)$", reference, re.M)
-    assert sorted(documented) == sorted(jlora.__all__)
+    assert sorted(documented) == sorted({*jlora.__all__, "__version__"})
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if ">>>" in Path(importlib.util.find_spec(m).origin).read_text()])
-def test_the_examples_in_a_modules_docstrings_are_true(module):
-    found = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
-    assert found.attempted and not found.failed
+@pytest.mark.parametrize("path", [pytest.param(path, id=name(path)) for path in EXAMPLES])
+def test_the_examples_in_a_modules_docstrings_are_true(path):
+    module = importlib.import_module(name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.attempted and not result.failed

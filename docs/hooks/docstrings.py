@@ -15,9 +15,9 @@ class LiteralBlocks(griffe.Extension):
 
 
 def fence(text: str) -> str:
-    """The text with every literal block fenced.
+    r"""The text with every literal block fenced.
 
-    >>> print(fence("Use it so::\\n\\n    f(x)\\n\\nArgs:\\n  x: a number."))
+    >>> print(fence("Use it so::\n\n    f(x)\n\nArgs:\n  x: a number."))
     Use it so:
     <BLANKLINE>
     ```python

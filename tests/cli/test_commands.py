@@ -39,7 +39,9 @@ pytestmark = [
 
 def documented() -> list[str]:
     """Every command line of the documents, its options and its dots left out."""
-    files = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*.toml")), *(ROOT / "examples").rglob("README.md")]
+    examples = ROOT / "examples"
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(examples.rglob("README.md"))]
+    files = [*pages, *sorted(examples.glob("*.toml"))]
     found = {}
     for file in files:
         for line in LINE.findall(file.read_text()):
