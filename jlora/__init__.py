@@ -7,7 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jlora.adapters.spectrum import Spectrum, allocate, gradient_norms, resize, spectrum
+    from jlora.adapters.allocate import allocate, gradient_norms
+    from jlora.adapters.resize import resize
+    from jlora.adapters.spectrum import Spectrum, spectrum
     from jlora.errors import JloraError
     from jlora.hf.load import LoadedModel, load_model, save_model
     from jlora.hf.modules import PeftModule
@@ -44,12 +46,12 @@ HOMES = {
     "TrainState": "training.step",
     "adapt": "transform.adapt",
     "advise": "runs.advise",
-    "allocate": "adapters.spectrum",
+    "allocate": "adapters.allocate",
     "attach": "tree.splitting",
     "cross_entropy": "training.losses",
     "extract": "tree.splitting",
     "generate": "models.generate",
-    "gradient_norms": "adapters.spectrum",
+    "gradient_norms": "adapters.allocate",
     "infer_layout": "transform.infer",
     "join": "tree.splitting",
     "load_model": "hf.load",
@@ -60,7 +62,7 @@ HOMES = {
     "optimizer": "training.optimizer",
     "plan": "runs.plan",
     "register_rule": "transform.registry",
-    "resize": "adapters.spectrum",
+    "resize": "adapters.resize",
     "restore_adapter": "training.checkpoint",
     "save_adapter": "training.checkpoint",
     "save_model": "hf.load",

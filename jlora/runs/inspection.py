@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from jlora.adapters.spectrum import Trio, effective_rank, kernel_norms, matrices, rank_for, singular_values, trio_of
+from jlora.adapters.spectrum import Trio, effective_rank, get_trio, kernel_norms, rank_for, singular_values, to_matrices
 from jlora.errors import JloraFileNotFoundError, JloraValueError
 from jlora.hf import peft, sentence_transformers
 from jlora.hf.load import LoadedModel, find_family, find_folder, load_model, read_json, read_pooling, shapes
@@ -344,7 +344,7 @@ def describe_adapter(
     if model is not None:
         adapted = load_adapted(folder, model, untie=untie, vocab_size=vocab_size)
         leaves, told = flatten(adapted.params), read_layouts("inspect", adapted.params)
-        trios = {path: (trio_of(leaves, path), told[path]) for path in told}
+        trios = {path: (get_trio(leaves, path), told[path]) for path in told}
         full = [Whole(path=p, shape=leaves[p].shape, bytes=leaves[p].nbytes) for p in adapted.train]
         norms = {path: kernel_norms(leaves[path], told[path]) for path in told}
         targets = targets_of(trios, norms, spectrum=spectrum)
@@ -359,7 +359,7 @@ def describe_own(folder: Path, base: str | None, spectrum: bool) -> Description:
     leaves = metadata["base"]
     trios = {}
     for path in metadata["targets"]:
-        trio = trio_of(arrays, path)
+        trio = get_trio(arrays, path)
         layout = read_layout(tuple(leaves[path]["shape"]), *(leaf.shape for leaf in trio))
         assert layout is not None, "digests hold, so the shapes fit as they did when saved"
         trios[path] = trio, layout
@@ -433,7 +433,8 @@ def targets_of(
     found = []
     for path, (trio, layout) in trios.items():
         a, b, scaling = trio
-        values, rank, scalings = singular_values(*matrices(trio, layout)), a.shape[-1], np.asarray(scaling, np.float64)
+        values, rank = singular_values(*to_matrices(trio, layout)), a.shape[-1]
+        scalings = np.asarray(scaling, np.float64)
         norms = np.linalg.norm(values, axis=-1)
         for index in np.ndindex(*norms.shape):
             base = None if bases is None else float(bases[path][index])

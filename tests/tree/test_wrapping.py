@@ -13,6 +13,7 @@ from flax.core import FrozenDict, freeze
 
 import jlora
 from jlora.tree.paths import flatten, map_with_path
+from jlora.tree.wrapping import uniform
 
 
 def dense(fan_in: int, fan_out: int, dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -324,9 +325,7 @@ def test_a_rank_that_is_not_an_int_is_a_type_error() -> None:
         jlora.wrap(dense(6, 4), 2.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "init", [jlora.tree.wrapping.uniform, jax.nn.initializers.orthogonal()], ids=["uniform", "orthogonal"]
-)
+@pytest.mark.parametrize("init", [uniform, jax.nn.initializers.orthogonal()], ids=["uniform", "orthogonal"])
 @pytest.mark.parametrize("experts", [(), (2,)], ids=["dense", "experts"])
 def test_a_marked_stack_is_drawn_as_its_layers_are_one_by_one(experts: tuple[int, ...], init: Any) -> None:
     kernel, key = jnp.ones((*experts, 6, 5)), jax.random.key(3)
@@ -340,9 +339,7 @@ def test_a_marked_stack_is_drawn_as_its_layers_are_one_by_one(experts: tuple[int
     for n in range(3):
         expected = one_by_one[f"block_{n}"]["up"]["kernel_lora_a"]
         # A batch of QR decompositions may round otherwise than one does.
-        np.testing.assert_allclose(
-            together[n], expected, rtol=0, atol=0 if init is jlora.tree.wrapping.uniform else 1e-6
-        )
+        np.testing.assert_allclose(together[n], expected, rtol=0, atol=0 if init is uniform else 1e-6)
     unmarked = jlora.wrap(stacked, 2, layout={"model/block/.*/kernel": "s" + letters}, **options)
     assert (unmarked["model"]["block"]["up"]["kernel_lora_a"] != together).any()
 
