@@ -2,17 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jlora.cli.show import result_table
 from jlora.cli.streams import Terminal, json_line
-from jlora.cli.train import fields_of, print_truncation, rows_of
+from jlora.cli.train import print_truncation, rows_of
 from jlora.data.batches import check_targets
 from jlora.data.readers import read_corpus
 from jlora.errors import JloraValueError
 from jlora.hf.load import load_model
 from jlora.runs import config as configs
-from jlora.runs.config import TaskName
+from jlora.runs.config import Config, TaskName, fields_of
 from jlora.runs.folder import CONFIG, Run, load_run, make_task
 from jlora.runs.inspection import stored_dtype
 from jlora.tasks.tasks import TASKS, Classes
@@ -20,15 +20,24 @@ from jlora.tree.wrapping import merge
 
 
 def evaluate(
-    folder: Path, data: str | None, *, task: TaskName | None, max_length: int | None, as_json: bool, model: str | None
+    folder: Path,
+    data: str | None,
+    *,
+    task: TaskName | None,
+    config: Path | None,
+    max_length: int | None,
+    as_json: bool,
+    model: str | None,
 ) -> dict[str, float]:
     """Prints the loss and the metrics of a run, or of a merged model, on a file.
 
     Args:
         folder: what `jlora train` or `jlora merge` wrote.
         data: a file or data set of the task; None for a run's own test file.
-        task: the task of a merged model; None for a run.
-        max_length: tokens of an example that are read, for a merged model; None for the default.
+        task: the task of a merged model; None for a run, or for that of `config`.
+        config: a job's TOML file, whose [data] says how the data of a merged model are read; None for a run, or for
+            the default names of the columns.
+        max_length: tokens of an example that are read, for a merged model; None for that of `config`, or the default.
         as_json: print one JSON object.
         model: where the base model of a run is, if not where it was.
 
@@ -38,13 +47,13 @@ def evaluate(
             that the run or model does not know.
     """
     if is_model(folder):
-        run = load_merged(folder, data, task, max_length, model)
+        run = load_merged(folder, data, task, config, max_length, model)
         params = run.params
     else:
-        options = {"--task": task, "--max-length": max_length}
+        options = {"--task": task, "--config": config, "--max-length": max_length}
         given = [name for name, value in options.items() if value is not None]
         if given and (folder / CONFIG).is_file():
-            problem = f"{folder} is a run, which has its own task and max_length."
+            problem = f"{folder} is a run, which has its own config."
             raise JloraValueError("eval", problem, given, "leave these options out.")
         run = load_run(folder, model=model)
         params = merge(run.params)
@@ -55,7 +64,7 @@ def evaluate(
     corpus = read_corpus(
         {"test": source},
         run.config.data.task,
-        fields=fields_of(run.config),
+        fields=fields_of(run.config.data),
         format=run.config.data.format,
         unit=run.config.data.unit,
         labels=run.task.labels or None,
@@ -82,40 +91,67 @@ def is_model(folder: Path) -> bool:
 
 
 def load_merged(
-    folder: Path, data: str | None, task: TaskName | None, max_length: int | None, model: str | None
+    folder: Path,
+    data: str | None,
+    task: TaskName | None,
+    job: Path | None,
+    max_length: int | None,
+    model: str | None,
 ) -> Run:
     """A merged model as a run without an adapter, with the labels of its config.
 
     Raises:
         ValueError: no task or data, an option of runs, or a model that is not the task's.
     """
+    config = merged_config(folder, data, task, job, max_length, model)
+    loaded = load_model(folder, dtype=config.model.dtype, head=TASKS[config.data.task].head)
+    if loaded.tokenizer is None:
+        fix = "merge again with the base's tokenizer beside it."
+        raise JloraValueError("eval", f"{folder} has no tokenizer.", [], fix)
+    most = loaded.config.max_position_embeddings
+    if max_length is not None and max_length > most:
+        problem = f"--max-length is {max_length}, the model reads {most} tokens."
+        raise JloraValueError("eval", problem, [], f"set it to {most} or less.")
+    config = replace(config, data=replace(config.data, max_length=min(config.data.max_length, most)))
+    labels = (
+        tuple(label for _, label in sorted(loaded.config.id2label.items()))
+        if issubclass(TASKS[config.data.task], Classes)
+        else ()
+    )
+    return Run(task=make_task(config, loaded, labels), params=loaded.params, answers={}, config=config)
+
+
+def merged_config(
+    folder: Path,
+    data: str | None,
+    task: TaskName | None,
+    job: Path | None,
+    max_length: int | None,
+    model: str | None,
+) -> Config:
+    """The config of a merged model: its data are read as a job says, or with the default names of the columns.
+
+    Raises:
+        ValueError: no task or data, or a base.
+    """
+    if job is not None:
+        config = configs.read(job)
+        data = data or (None if config.data.test is None else str(config.data.test))
+        task = task or config.data.task
     wrong = [f"--task is missing  expected: one of {', '.join(get_args(TaskName))}"] if task is None else []
     wrong += ["--data is missing  expected: a file of the task, or hub:owner/name"] if data is None else []
     wrong += ["--model names the base of a run, and a merged model has none"] if model is not None else []
     if wrong:
         fix = "evaluate as in: jlora eval FOLDER --task causal_lm --data FILE."
         raise JloraValueError("eval", f"{folder} holds a merged model.", wrong, fix)
-    assert task is not None and data is not None
-    config = configs.parse(
-        {
-            "model": {"name": str(folder), "dtype": stored_dtype(folder)},
-            "data": {"task": task, "train": data} | ({} if max_length is None else {"max_length": max_length}),
-            "output": {"folder": str(folder)},
-        },
-        source="the command line",
-        folder=Path.cwd(),
-    )
-    loaded = load_model(folder, dtype=config.model.dtype, head=TASKS[task].head)
-    if loaded.tokenizer is None:
-        fix = "merge again with the base's tokenizer beside it."
-        raise JloraValueError("eval", f"{folder} has no tokenizer.", [], fix)
-    most = loaded.config.max_position_embeddings
-    if max_length is None:
-        config = replace(config, data=replace(config.data, max_length=min(config.data.max_length, most)))
-    elif max_length > most:
-        problem = f"--max-length is {max_length}, the model reads {most} tokens."
-        raise JloraValueError("eval", problem, [], f"set it to {most} or less.")
-    labels = (
-        tuple(label for _, label in sorted(loaded.config.id2label.items())) if issubclass(TASKS[task], Classes) else ()
-    )
-    return Run(task=make_task(config, loaded, labels), params=loaded.params, answers={}, config=config)
+    length = {} if max_length is None else {"max_length": max_length}
+    stated = {
+        "model": {"name": str(folder), "dtype": stored_dtype(folder)},
+        "data": {"task": task, "train": data, **length},
+        "output": {"folder": str(folder)},
+    }
+    parsed = configs.parse(stated, source="the command line", folder=Path.cwd())
+    if job is None:
+        return parsed
+    changes: dict[str, Any] = {"task": parsed.data.task, "test": parsed.data.train, **length}
+    return replace(parsed, data=replace(config.data, **changes), optimisation=config.optimisation)

@@ -9,7 +9,7 @@ import jax
 
 from jlora.cli.streams import decode_arguments, read_input
 from jlora.data.batches import prompt_ids
-from jlora.data.readers import Message
+from jlora.data.readers import Chat, Message
 from jlora.errors import JloraValueError
 from jlora.hf.chat import stop_tokens
 from jlora.hf.load import LoadedModel, load_model
@@ -117,7 +117,7 @@ def tokenise(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     if not tokenizer.chat_template:
         fix = "leave --chat out, or take a model that was trained to chat."
         raise JloraValueError("generate", "the tokenizer has no chat template.", [], fix)
-    return prompt_ids(tokenizer, [Message(role="user", content=text)])
+    return prompt_ids(tokenizer, Chat((Message(role="user", content=text),)))
 
 
 def load_adapter(folder: Path, loaded: LoadedModel) -> Tree:

@@ -144,6 +144,7 @@ class Eval:
         folder: the run's folder, or that of a merged model
         data: a file of the run's task, or hub:owner/name; left out, the run's own test file
         task: the task of a merged model; a run has its own
+        config: TOML file of a job, whose [data] says how a merged model's data are read; a run has its own
         max_length: tokens of an example that are read, for a merged model; a run has its own
         json: print one JSON object
         model: folder or hub name of the base model, if it is not where it was
@@ -152,6 +153,7 @@ class Eval:
     folder: tyro.conf.Positional[Path]
     data: str | None = None
     task: TaskName | None = None
+    config: Path | None = None
     max_length: int | None = None
     json: bool = False
     model: str | None = None
@@ -164,6 +166,7 @@ class Eval:
             self.folder,
             self.data,
             task=self.task,
+            config=self.config,
             max_length=self.max_length,
             as_json=self.json,
             model=self.model,

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from jlora.cli.streams import decode_arguments, json_line, read_input
 from jlora.data.batches import Row, make_rows, prompt_ids, tokenise
-from jlora.data.readers import Message, Tagged, _messages, _question, shown
+from jlora.data.readers import Chat, ColumnError, Message, Tagged, read_prompt, shown
 from jlora.data.tags import entities
 from jlora.errors import (
     JloraFileExistsError,
@@ -29,13 +29,13 @@ from jlora.errors import (
 from jlora.hf.chat import stop_tokens
 from jlora.models.generate import generate, unusable_seed, unusable_settings
 from jlora.runs import config as configs
-from jlora.runs.config import Data, Sampling
+from jlora.runs.config import Data, Sampling, fields_of
 from jlora.runs.folder import CONFIG, Run, load_run
 from jlora.tasks.tasks import Entities, Language, log_softmax, pad_token
 from jlora.tree.paths import Tree
 from jlora.tree.wrapping import merge
 
-Question = str | list[Message]
+Question = str | Chat
 
 
 def predict(
@@ -148,7 +148,7 @@ def read_questions(source: Path, data: Data) -> list[Question]:
     for n, line in enumerate(lines, 1):
         if line.strip():
             try:
-                found.append(question_of(json.loads(line), data))
+                found.append(question_of(json.loads(line), data, f"{source}:{n}"))
             except ValueError as error:
                 wrong.append(f"{source}:{n}  {error}")
             except RecursionError:
@@ -161,46 +161,40 @@ def read_questions(source: Path, data: Data) -> list[Question]:
     return found
 
 
-def question_of(record: Any, data: Data) -> Question:
+def question_of(record: Any, data: Data, at: str = "") -> Question:
     """The question of a line, which is a string or an object.
 
     Raises:
         ValueError: it has none.
     """
-    names = {
-        "sequence_classification": (data.text,),
-        "token_classification": (data.tokens, "text"),
-        "causal_lm": (data.text,),
-        "instruction": (data.messages, data.question),
-    }[data.task]
+    if not isinstance(record, dict):
+        return _text_of("the line", record)
+    if data.task == "instruction":
+        return _chat_question(record, data, at)
+    names = (data.tokens, "text") if data.task == "token_classification" else (data.text,)
     names = (*dict.fromkeys((*names, "question")),)
-    if isinstance(record, dict):
-        name = next((name for name in names if name in record), None)
-        if name is None:
-            raise ValueError(f"no field {' or '.join(map(repr, names))}, but {quoted(record)}")
-        return _question_in(record, name, data)
-    return _text_of("the line", record)
-
-
-def _question_in(record: dict[str, Any], name: str, data: Data) -> Question:
+    name = next((name for name in names if name in record), None)
+    if name is None:
+        raise ValueError(f"no field {' or '.join(map(repr, names))}, but {quoted(record)}")
     value = record[name]
     if data.task == "token_classification" and isinstance(value, list):
         return " ".join(_text_of(f"{name}[{n}]", word) for n, word in enumerate(value))
-    if data.task != "instruction":
-        return _text_of(name, value)
-    refused = [key for key in (data.tools, "history") if record.get(key)]
-    if refused:
-        raise ValueError(f"{quoted(refused)} can't be answered from a file")
-    messages: list[Message] = _messages(name, value) if name == data.messages else []
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        question = _question({"question": (name, value)} | {"input": (data.input, record.get(data.input))})
-        messages = [Message(role="user", content=_text_of(name, question))]
-    if record.get(data.system):
-        messages.insert(0, Message(role="system", content=_text_of(data.system, record[data.system])))
-    alone = len(messages) == 1 and messages[0]["role"] == "user"
-    return messages[0]["content"] if alone else messages
+    return _text_of(name, value)
+
+
+def _chat_question(record: dict[str, Any], data: Data, at: str) -> Question:
+    """The chat of an object; a single question is its text alone."""
+    try:
+        chat = read_prompt(record, fields_of(data), data.format, at)
+    except ColumnError as error:
+        # A file of questions need not have the format that the run was trained on.
+        try:
+            chat = read_prompt(record, {}, "auto", at)
+        except ColumnError:
+            raise error from None
+    first = chat.messages[0]
+    is_text = len(chat.messages) == 1 and not chat.tools and first == {"role": "user", "content": first.get("content")}
+    return first["content"] if is_text else chat
 
 
 def _text_of(name: str, value: Any) -> str:
@@ -235,7 +229,7 @@ def answers(
     Args:
         run: the run.
         params: its merged parameters.
-        questions: what is asked; for an instruction run, a list of messages is a chat to continue.
+        questions: what is asked; an instruction run continues a `Chat`.
         top: classes to show for each.
         as_json: one JSON object a question.
         sampling: how a language model answers; None takes the likeliest tokens.
@@ -259,7 +253,8 @@ def predictions(
         chances = probabilities(run, params, [str(question) for question in questions])
         found = ({"entries": ranked(chance, run, top)} for chance in chances)
     for question, answer in zip(questions, found, strict=True):
-        yield {"question": question} | answer
+        asked = question if isinstance(question, str) else list(question.messages)
+        yield {"question": asked} | answer
 
 
 def probabilities(run: Run, params: Tree, questions: Sequence[str]) -> Float[np.ndarray, "texts labels"]:
@@ -311,8 +306,9 @@ def continuations(run: Run, params: Tree, questions: Sequence[Question], samplin
 def prompt_of(tokenizer: Any, question: Question, chat: bool) -> list[int]:
     """The tokens that an answer follows, or those of a text that goes on."""
     if chat:
-        messages = [Message(role="user", content=question)] if isinstance(question, str) else question
-        return prompt_ids(tokenizer, messages)
+        if isinstance(question, str):
+            question = Chat((Message(role="user", content=question),))
+        return prompt_ids(tokenizer, question)
     ids = list(tokenizer(question)["input_ids"])
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 

@@ -31,7 +31,7 @@ from jlora.hf.chat import describe_format
 from jlora.hf.load import LoadedModel, find_folder
 from jlora.runs import folder as runs
 from jlora.runs.agreement import coarsest_dtype, compare
-from jlora.runs.config import Config, Data
+from jlora.runs.config import Config, Data, fields_of
 from jlora.runs.engine import (
     Compiled,
     Evaluation,
@@ -52,12 +52,6 @@ from jlora.tree.wrapping import merge
 
 # Rows of the training data that a run without other data is measured on.
 MOST_MEASURED = 1000
-FIELDS = {
-    "sequence_classification": ("text", "label"),
-    "token_classification": ("tokens", "tags"),
-    "causal_lm": ("text",),
-    "instruction": ("messages", "question", "answer", "input", "system", "tools"),
-}
 
 
 class Result(NamedTuple):
@@ -239,19 +233,13 @@ def read(config: Config) -> Corpus:
     corpus = read_corpus(
         {name: source for name, source in sources.items() if isinstance(source, Path)},
         data.task,
-        fields=fields_of(config),
+        fields=fields_of(config.data),
         format=data.format,
         unit=data.unit,
         answers=data.answers,
         allow_overlap=data.allow_overlap,
     )
     return corpus if data.validation is not None else hold_out(corpus, data.holdout, data.holdout_seed)
-
-
-def fields_of(config: Config) -> dict[str, str]:
-    """The task's fields that the config names otherwise than they are by default."""
-    names = {name: getattr(config.data, name) for name in FIELDS[config.data.task]}
-    return {name: value for name, value in names.items() if value != name}
 
 
 def rows_of(config: Config, tokenizer: Any, corpus: Corpus, split: str) -> Rows:

@@ -143,16 +143,17 @@ def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[lis
     return ids, len(long)
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The tokens an answer follows, as `make_rows` writes them.
+def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
+    """The tokens that the answer to a chat follows, as `make_rows` writes them.
 
     Raises:
-        ValueError: the template can't write the messages, or there is none and they are no single question.
+        ValueError: the template can't write the chat, or there is none and the chat is not a single question.
     """
     try:
-        return _encode(tokenizer, [_prompt(tokenizer, messages)])[0]
+        _check_written(tokenizer, chat)
+        return _encode(tokenizer, [_prompt(tokenizer, chat.messages, chat.tools)])[0]
     except ChatError as error:
-        raise _no_chat([str(error)]) from None
+        raise _no_chat([f"{chat.at}  {error}" if chat.at else str(error)]) from None
 
 
 def _class_rows(tokenizer: Any, records: Sequence[Labelled], labels: Sequence[str], max_length: int) -> Rows:

@@ -339,6 +339,37 @@ def read_records(
     return splits[split]
 
 
+def read_prompt(record: Mapping[str, Any], fields: Mapping[str, str], format: Format, at: str) -> Chat:
+    """The chat of an object up to the answer that a model is to give: as `read_corpus` reads it, its answer left out.
+
+    Args:
+        record: the object; the column of its answer may be missing.
+        fields: the names of the columns, as for `read_corpus`.
+        format: of the columns.
+        at: where the object stands.
+
+    Raises:
+        ValueError: it lacks the columns, or holds nothing to answer.
+    """
+    forms = find_schema("instruction", fields, format).forms
+    for form in forms:
+        required = [name for role, name in form.columns.items() if role != "answer"]
+        if all(name in record for name in required):
+            columns = {**form.columns, **form.optional}
+            values = {role: (name, record[name]) for role, name in columns.items() if name in record}
+            messages = _messages(*values["messages"]) if "messages" in values else _asked_turns(values)
+            for message in messages:
+                message.pop("weight", None)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages:
+                raise ValueError(f"{required[0]!r} has no message to answer")
+            tools = _tools(*values["tools"]) if "tools" in values else ()
+            return Chat(tuple(_with_system(values, messages)), at, tools)
+    known = dict.fromkeys(next(iter(form.columns.values())) for form in forms)
+    raise ColumnError(f"no field {' or '.join(map(repr, known))}, but {quoted(record)}", tuple(record), ())
+
+
 def find_schema(task: Task, fields: Mapping[str, str], format: Format = "auto") -> Schema:
     """The columns that a task reads, under the names that the user's files have for them.
 
@@ -883,11 +914,7 @@ def _text(values: dict[str, tuple[str, Any]], at: str) -> Text:
 
 
 def _chat(values: dict[str, tuple[str, Any]], at: str) -> Chat:
-    messages = _turns(values)
-    if "system" in values and not _is_blank(values["system"][1]):
-        if messages[0]["role"] == "system":
-            raise ValueError(f"{values['system'][0]!r} and the first message are two system messages")
-        messages.insert(0, Message(role="system", content=_string(*values["system"])))
+    messages = _with_system(values, _turns(values))
     if not any(map(is_learned, messages)):
         name, _ = values.get("messages") or values["answer"]
         raise ValueError(f"{name!r} has no message of the assistant to learn from")
@@ -898,18 +925,31 @@ def _turns(values: dict[str, tuple[str, Any]]) -> list[Message]:
     """The messages of a chat without the system's own column."""
     if "messages" in values:
         return _messages(*values["messages"])
-    messages = [] if "history" not in values else _history(*values["history"])
-    (ask, question), (reply, answer) = values["question"], values["answer"]
-    if isinstance(question, list):
-        if not _is_blank(values.get("input", ("", None))[1]):
-            raise ValueError(f"{values['input'][0]!r} can't follow {ask!r}, a list of messages")
-        # The messages of a prompt are not learned, whoever wrote them.
-        messages += [_unlearned(message) for message in _messages(ask, question)]
-    else:
-        messages.append(Message(role="user", content=_question(values)))
+    messages, (reply, answer) = _asked_turns(values), values["answer"]
     if isinstance(answer, list):
         return messages + _messages(reply, answer)
     return [*messages, Message(role="assistant", content=_string(reply, answer).strip())]
+
+
+def _asked_turns(values: dict[str, tuple[str, Any]]) -> list[Message]:
+    """The messages before an answer that has its own column."""
+    messages = [] if "history" not in values else _history(*values["history"])
+    ask, question = values["question"]
+    if not isinstance(question, list):
+        return [*messages, Message(role="user", content=_question(values))]
+    if not _is_blank(values.get("input", ("", None))[1]):
+        raise ValueError(f"{values['input'][0]!r} can't follow {ask!r}, a list of messages")
+    # The messages of a prompt are not learned, whoever wrote them.
+    return messages + [_unlearned(message) for message in _messages(ask, question)]
+
+
+def _with_system(values: dict[str, tuple[str, Any]], messages: list[Message]) -> list[Message]:
+    """The messages after that of the system's own column, where there is one."""
+    if _is_blank(values.get("system", ("", None))[1]):
+        return messages
+    if messages[0]["role"] == "system":
+        raise ValueError(f"{values['system'][0]!r} and the first message are two system messages")
+    return [Message(role="system", content=_string(*values["system"])), *messages]
 
 
 def _question(values: dict[str, tuple[str, Any]]) -> str:
@@ -980,7 +1020,7 @@ def _message(name: str, found: Any) -> Message:
         message["tool_calls"] = _tool_calls(f"{name}.tool_calls", given["tool_calls"])
     # A message that calls tools may say nothing.
     if "tool_calls" not in given or "content" in given:
-        message["content"] = _string(f"{name}.content", found.get("content", found.get("value")))
+        message["content"] = _content_text(f"{name}.content", found.get("content", found.get("value")))
     for key in ("reasoning_content", "tool_call_id", "name"):
         if key in given:
             message[key] = _string(f"{name}.{key}", given[key])
@@ -991,6 +1031,16 @@ def _message(name: str, found: Any) -> Message:
     if weight == 0 and role == "assistant":
         message["weight"] = 0
     return message
+
+
+def _content_text(name: str, found: Any) -> str:
+    """The text of a message; text parts, [{"type": "text", "text": ...}], are joined as chat templates write them."""
+    if not isinstance(found, list):
+        return _string(name, found)
+    for n, part in enumerate(found):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"'{name}[{n}]' is {_brief(part)}, expected {{'type': 'text', 'text': ...}}")
+    return _string(name, "".join(part["text"] for part in found))
 
 
 def _tool_calls(name: str, found: Any) -> list[dict[str, Any]]:

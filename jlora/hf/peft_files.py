@@ -117,7 +117,8 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         fix = f"save them as one of {', '.join(DTYPES)}."
         raise JloraValueError("load_peft", problem, offenders, fix)
     tensors = {
-        name: np.frombuffer(value["data"], DTYPES[value["dtype"]]).reshape(value["shape"]) for name, value in stored
+        name: np.frombuffer(value["data"], DTYPES[value["dtype"]]).reshape(value["shape"])
+        for name, value in sorted(stored, key=lambda item: item[0])
     }
     metadata = read_digests(folder)
     digests = metadata.keys() & {TENSORS_DIGEST, CONFIG_DIGEST}

@@ -124,6 +124,20 @@ class Data:
     questions: tuple[str, ...] = ()
 
 
+FIELDS = {
+    "sequence_classification": ("text", "label"),
+    "token_classification": ("tokens", "tags"),
+    "causal_lm": ("text",),
+    "instruction": ("messages", "question", "answer", "input", "system", "tools"),
+}
+
+
+def fields_of(data: Data) -> dict[str, str]:
+    """The task's fields that the config names otherwise than they are by default."""
+    names = {name: getattr(data, name) for name in FIELDS[data.task]}
+    return {name: value for name, value in names.items() if value != name}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """The low-rank adapter.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +26,7 @@ from jlora.tree.layouts import Layout, read_layout
 from jlora.tree.paths import Tree, TreePath, flatten
 from jlora.tree.wrapping import is_adapter_leaf, read_layouts
 
+COPY = 'copy?: a copy of the base that PEFT wrote, or trained in full; "--model BASE" compares it with the base.'
 HEADS = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
 
 
@@ -82,11 +83,20 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """A leaf trained in full."""
+    """A leaf trained in full.
+
+    Attributes:
+        path: slash path; in a PEFT folder that is looked at without its base, torch's name.
+        shape: of the leaf.
+        bytes: of the leaf.
+        trained: None for PEFT's `base_layer` of an adapted module that is looked at without its base: it is most often
+            a copy of the base's weights, and the folder alone does not tell.
+    """
 
     path: str
     shape: tuple[int, ...]
     bytes: int
+    trained: Literal[True] | None = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +110,7 @@ class Description:
         base_parameters: how many the base has; None where the folder does not say.
         libraries: versions it was written with, where they are known.
         targets: the adapters, one a kernel and layer.
-        whole: leaves trained in full.
+        whole: leaves trained in full, and those that may be.
     """
 
     folder: str
@@ -113,8 +123,9 @@ class Description:
 
     @property
     def parameters(self) -> int:
-        """Parameters that were trained."""
-        return sum(target.parameters for target in self.targets) + sum(math.prod(leaf.shape) for leaf in self.whole)
+        """Parameters that were trained, without those of which the folder does not tell."""
+        whole = sum(math.prod(leaf.shape) for leaf in self.whole if leaf.trained)
+        return sum(target.parameters for target in self.targets) + whole
 
     @property
     def bytes(self) -> int:
@@ -141,7 +152,11 @@ class Description:
             for target in self.targets
         ]
         rows += [
-            (leaf.path, "full", "", "", f"{math.prod(leaf.shape):,}", f"{leaf.bytes:,}", "", "") for leaf in self.whole
+            (
+                *(leaf.path, "full" if leaf.trained else "copy?", "", ""),
+                *(f"{math.prod(leaf.shape):,}", f"{leaf.bytes:,}", "", ""),
+            )
+            for leaf in self.whole
         ]
         if told:
             more = [("effective rank", "rank for 90 %", "for 99 %")]
@@ -158,6 +173,7 @@ class Description:
                 *([f"written with {libraries}"] if libraries else []),
                 *(line.rstrip() for line in table),
                 f"{self.parameters:,} parameters, {self.bytes:,} bytes",
+                *([COPY] if not all(leaf.trained for leaf in self.whole) else []),
             ]
         )
 
@@ -412,6 +428,9 @@ def describe_peft(folder: Path, spectrum: bool) -> Description:
                 used=used_of(values) if spectrum else None,
             )
         )
+    # A base layer's own tensors: PEFT writes those of an adapted embedding or head as they are in the base.
+    kept = ("weight",) if config.get("bias", "none") != "none" else ("weight", "bias")
+    copies = {name for name in plain for module, _, leaf in [name.rpartition(".")] if module in pairs and leaf in kept}
     return Description(
         folder=str(folder),
         format="PEFT",
@@ -419,7 +438,10 @@ def describe_peft(folder: Path, spectrum: bool) -> Description:
         base_parameters=None,
         libraries={"peft": config["peft_version"]} if config.get("peft_version") else {},
         targets=tuple(targets),
-        whole=tuple(Whole(path=name, shape=value.shape, bytes=value.nbytes) for name, value in whole.items()),
+        whole=tuple(
+            Whole(path=name, shape=value.shape, bytes=value.nbytes, trained=None if name in copies else True)
+            for name, value in whole.items()
+        ),
     )
 
 

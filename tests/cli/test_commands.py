@@ -150,6 +150,41 @@ def test_eval_of_a_merged_folder_is_that_of_its_run(task, trained, tmp_path, cap
         assert words in said and said.count("\nFix: ") == 1
 
 
+def test_eval_of_a_merged_text_classifier_reads_the_columns_that_a_job_names(models, tmp_path, capsys):
+    toml = tiny_job.make_job(tmp_path / "job", models["bert"])
+    for split in tiny_job.FRAMES:
+        renamed = [{"query": record["text"], "intent": record["label"]} for record in tiny_job.questions(split)]
+        tiny_job.write_lines(toml.parent / f"{split}.jsonl", renamed)
+    tiny_job.change(toml, "[data]", '[data]\ntext = "query"\nlabel = "intent"')
+    assert main(["train", str(toml), "--optimisation.epochs", "2"]) == 0
+    run, merged = toml.parent / "run", tmp_path / "merged"
+    assert main(["merge", str(run), "--out", str(merged)]) == 0
+    capsys.readouterr()
+    assert main(["eval", str(run), "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert expected.pop("data") == str(toml.parent / "test.jsonl") and 0 < expected["accuracy"] < 1
+    test = ["--data", str(toml.parent / "test.jsonl")]
+    for options in (["--config", str(toml)], ["--config", str(run / "config.toml"), *test]):
+        assert main(["eval", str(merged), *options, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found.pop("data") == test[1] and found == pytest.approx(expected, rel=1e-4)
+    # Columns of the default names need no config.
+    plain = tiny_job.write_lines(tmp_path / "plain.jsonl", tiny_job.questions("test"))
+    options = ["--task", "sequence_classification", "--data", str(plain), "--max-length", "32"]
+    assert main(["eval", str(merged), *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("data") == str(plain) and found == pytest.approx(expected, rel=1e-4)
+    for argv, words in (
+        ([str(merged), "--task", "sequence_classification", *test], "columns: 'query', 'intent'"),
+        ([str(merged), "--config", str(toml), *test, "--max-length", "99"], "the model reads 64 tokens"),
+        ([str(merged), "--config", str(tmp_path)], "can't be read: Is a directory"),
+        ([str(run), "--config", str(toml)], "leave these options out"),
+    ):
+        assert main(["eval", *argv]) == 2
+        message = capsys.readouterr().err
+        assert words in message and message.count("\nFix: ") == 1, message
+
+
 def test_inspect_tells_of_every_kernel_what_float64_numpy_does(trained, models, capsys):
     folder = trained["causal_lm"]
     capsys.readouterr()
@@ -291,6 +326,7 @@ WRONG = ["", ".", "nowhere", "{file}", "{binary}", "/", "[x]", "~nobody/x", "-1"
         "eval {x}",
         "eval {run} --data {x}",
         "eval {model} --task causal_lm --data {x}",
+        "eval {model} --config {x}",
         "generate {x} text",
         "generate {model} text --adapter {x}",
         "generate {model} text --top-p {x} --merge",

@@ -18,8 +18,10 @@ import jax
 import pytest
 import tiny_job
 from tiny_job import change, lines
+from transformers import AutoTokenizer
 
 from jlora.cli.main import main
+from jlora.cli.predict import prompt_of, question_of
 from jlora.runs import config
 from jlora.runs import folder as runs
 from jlora.training.checkpoint import restore_adapter
@@ -400,8 +402,11 @@ def mistake(capsys, *args: str) -> str:
     return shown.err
 
 
-def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsys):
+def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsys, tmp_path, monkeypatch):
     run = fresh.parent / "run"
+    monkeypatch.chdir(tmp_path)
+    # A file that opens and can't be read, whoever the user is.
+    (tmp_path / "unreadable.jsonl").symlink_to("/proc/self/mem")
     for flag, words in {
         "--adapter.rank=0": "adapter.rank = 0  expected: a whole number from 1",
         "--adapter.rank=99": "rank 99, allowed 1 to 32",
@@ -413,6 +418,9 @@ def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsy
         "--data.test=gone.jsonl": "1 source can't be found.\n",
         "--optimisation.optimizer=adamv": "optax has no such optimizer.\n  'adamv'  nearest: adam",
         "--run.mesh=data=64": "64 is 64 devices, there are 1",
+        "--optimisation.accumulate=3": "equal microbatches.\n  batch_size = 8, accumulate = 3",
+        "--optimisation.optimizer=lbfgs": "lbfgs",
+        "--data.train=unreadable.jsonl": "Input/output error",
     }.items():
         flag = flag.replace("job.toml", str(fresh))
         assert words in mistake(capsys, "train", str(fresh), flag), flag
@@ -459,6 +467,58 @@ def test_predict_reads_a_file_and_writes_one(job, tmp_path, capsys):
     assert main(["predict", run, "money", "--output", str(output), "--overwrite"]) == 0
     assert json.loads(output.read_text())["question"] == "money"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in put.jsonl", "out put.jsonl"]
+
+
+TOOL = {"type": "function", "function": {"name": "track", "parameters": {"type": "object"}}}
+TOOLS = "{% if tools %}<user> {{ tools | tojson }} {% endif %}" + tiny_job.CHAT
+Q, R = ({"role": "user", "content": text} for text in ("why", "please"))
+A = {"role": "assistant", "content": "ask"}
+PROMPTS = {
+    "messages": ({"messages": [Q, A, R, A], "tools": [TOOL]}, [Q, A, R], [TOOL]),
+    "tools as text": ({"question": "why", "tools": json.dumps([TOOL])}, [Q], [TOOL]),
+    "history": ({"instruction": "please", "output": "left out", "history": [["why", "ask"]]}, [Q, A, R], None),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "why"}], "tools": []}, [Q], None),
+    "system": ({"prompt": [Q, A, R], "system": "please"}, [R | {"role": "system"}, Q, A, R], None),
+    "renamed": ({"ask": "why"}, [Q], None),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_question_in_a_file_is_the_chat_that_transformers_writes(name, llama):
+    record, messages, tools = PROMPTS[name]
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = TOOLS
+    data = config.Data(task="instruction", train=Path("/a"), question="ask" if name == "renamed" else "question")
+    found = prompt_of(tokenizer, question_of(record, data), chat=True)
+    options = {"tools": tools, "add_generation_prompt": True, "return_dict": False}
+    assert found == tokenizer.apply_chat_template(messages, **options)
+
+
+def test_predict_answers_chats_with_tools_and_history_or_names_the_line(llama, tmp_path, capsys):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(TOOLS)
+    toml = tiny_job.make_other_job(tmp_path / "job", base, "instruction")
+    assert main(["train", str(toml), "--optimisation.steps", "1"]) == 0
+    run, source, output = str(toml.parent / "run"), tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    tiny_job.write_lines(source, [record for record, _, _ in list(PROMPTS.values())[:5]])
+    argv = ["predict", run, "--input", str(source), "--output", str(output), "--max-new-tokens", "2"]
+    assert main(argv) == 0, capsys.readouterr().err
+    found = [json.loads(line)["question"] for line in output.read_text().splitlines()]
+    texts = [messages if len(messages) > 1 or tools else "why" for _, messages, tools in list(PROMPTS.values())[:5]]
+    assert found == texts
+    assert main([*argv[:4]]) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "please"
+    tiny_job.write_lines(source, ["why", {"messages": [Q], "tools": {"a": 1}}, {"instruction": "a", "history": [1]}])
+    text = mistake(capsys, *argv, "--overwrite")
+    assert f"{source}:2  'tools' is {{'a': 1}}, expected a list of JSON schemas\n" in text
+    assert f"{source}:3  'history[0]' is 1, expected" in text
+    # A template that does not write the tools would leave them out without a word.
+    (toml.parent / "run" / "tokenizer" / "chat_template.jinja").write_text(tiny_job.CHAT)
+    (toml.parent / "run" / "files.json").unlink()
+    tiny_job.write_lines(source, ["why", {"messages": [Q], "tools": [TOOL]}])
+    text = mistake(capsys, *argv, "--overwrite")
+    assert f"{source}:2  the chat template does not write the tools\n" in text
+    assert len(output.read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_the_loss_of_a_chat_is_on_its_answers_alone():
     text = tokenizer.apply_chat_template(list(record.messages), tokenize=False)
     assert tokenizer.decode(row.ids) == text
     assert learnt(tokenizer, row) == "a1<|im_end|>\nb2<|im_end|>\n"
-    before = prompt_ids(tokenizer, record.messages[:2])
+    before = prompt_ids(tokenizer, Chat(record.messages[:2]))
     assert (
         tokenizer.decode(before)
         == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
@@ -162,7 +162,7 @@ def test_without_a_template_a_question_and_its_answer_are_two_lines():
     (row,) = make_rows(tokenizer, [record], max_length=64).rows
     assert tokenizer.decode(row.ids) == "<s>why?\nso.</s>"
     assert learnt(tokenizer, row) == "so.</s>"
-    assert tokenizer.decode(prompt_ids(tokenizer, record.messages[:1])) == "<s>why?\n"
+    assert tokenizer.decode(prompt_ids(tokenizer, Chat(record.messages[:1]))) == "<s>why?\n"
 
 
 def test_chats_that_can_not_be_written_are_listed():
@@ -185,7 +185,7 @@ def test_chats_that_can_not_be_written_are_listed():
     other = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     assert problem(letters(template=other), pair) == ["  f:1  the template does not begin an answer as its prompt ends"]
     with pytest.raises(ValueError, match="no chat template"):
-        prompt_ids(letters(), more.messages[:2])
+        prompt_ids(letters(), Chat(more.messages[:2]))
 
 
 SPACED = (
@@ -207,7 +207,7 @@ def test_an_answer_follows_the_tokens_of_a_prompt_that_ends_in_a_space(metaspace
         # What transformers gives a model to answer is what stands before the answer.
         options = {"add_generation_prompt": True, "return_dict": False}
         prompt = tokenizer.apply_chat_template(record.messages[:n], **options)
-        assert row.ids[: len(prompt)].tolist() == prompt == prompt_ids(tokenizer, record.messages[:n])
+        assert row.ids[: len(prompt)].tolist() == prompt == prompt_ids(tokenizer, Chat(record.messages[:n]))
         assert row.weights.nonzero()[0].tolist() == list(range(len(prompt) - 1, len(row.ids) - 1))
         assert tokenizer(text, add_special_tokens=False)["input_ids"][: len(prompt)] != prompt
 
@@ -282,7 +282,7 @@ def test_an_answer_of_weight_0_is_read_and_not_learned():
             last = 3 if 0 in answers else 1
             text = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
             assert tokenizer.decode(rows[0].ids) == text
-            assert int(rows[0].weights.nonzero()[0][0]) == len(prompt_ids(tokenizer, turns[:last])) - 1
+            assert int(rows[0].weights.nonzero()[0][0]) == len(prompt_ids(tokenizer, Chat(tuple(turns[:last])))) - 1
 
 
 def token_rows(lengths) -> list[Row]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from jlora.data.readers import Chat, Labelled, Tagged, Text, read_corpus, read_records
 
@@ -624,6 +625,36 @@ def test_the_format_can_be_chosen_and_an_input_has_any_name(write):
     # Columns of other formats are like any others.
     path = write(a=[{"messages": TURNS, "input": 3, "history": 4}])["a"]
     assert bare(read_records(path, "instruction")) == [Chat(tuple(TURNS))]
+
+
+def test_a_list_of_text_parts_is_the_text_that_transformers_writes(write):
+    parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]
+    records = [
+        {"conversations": [{"from": "human", "value": parts}, {"from": "gpt", "value": parts[1:]}]},
+        {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[1:]}]},
+        {"prompt": [{"role": "user", "content": parts}], "completion": "two"},
+    ]
+    # As the templates of models that see images write it.
+    template = (
+        "{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %};{% endfor %}"
+    )
+    expected, _ = render_jinja_template(conversations=[records[1]["messages"]], chat_template=template)
+    assert expected == ["user: one, two;assistant: two;"]
+    for record in records:
+        (chat,) = read_records(write(a=[record])["a"], "instruction")
+        found, _ = render_jinja_template(conversations=[list(chat.messages)], chat_template=template)
+        assert found == expected
+    image = {"type": "image_url", "image_url": {"url": "a.png"}}
+    wrong = [[*parts, image], ["one"], [{"type": "text"}], [{"type": "text", "text": " "}]]
+    path = write(a=[{"messages": [{"role": "user", "content": content}, *TURNS[2:]]} for content in wrong])["a"]
+    expected = "expected {'type': 'text', 'text': ...}"
+    assert problem(read_records, path, "instruction").splitlines()[1:-1] == [
+        f"  a.jsonl:1  'messages[0].content[2]' is {image}, {expected}",
+        f"  a.jsonl:2  'messages[0].content[0]' is 'one', {expected}",
+        f"  a.jsonl:3  'messages[0].content[0]' is {{'type': 'text'}}, {expected}",
+        "  a.jsonl:4  'messages[0].content' is ' ', expected a text",
+    ]
 
 
 CALL = {"type": "function", "id": "1", "function": {"name": "add", "arguments": {"x": 1, "y": [2]}}}

@@ -103,7 +103,19 @@ def test_an_adapted_embeddings_unchanged_copy_is_not_trained_in_full(bases, tmp_
     params = load_peft(tmp_path / "theirs", loaded.model, loaded.params)
     assert params["lm_head"]["kernel"] is loaded.params["lm_head"]["kernel"]
     assert main(["inspect", str(tmp_path / "theirs"), "--model", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["whole"] == []
+    compared = json.loads(capsys.readouterr().out)
+    assert compared["whole"] == []
+    # Without the base nobody can tell a copy from what was trained.
+    assert main(["inspect", str(tmp_path / "theirs"), "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert {leaf["path"]: leaf["trained"] for leaf in alone["whole"]} == {
+        "model.embed_tokens.weight": None,
+        "lm_head.weight": None,
+    }
+    assert alone["parameters"] == compared["parameters"]
+    assert main(["inspect", str(tmp_path / "theirs")]) == 0
+    shown = capsys.readouterr().out
+    assert " full " not in shown and shown.count("copy?") == 3 and "--model" in shown
     assert main(["export", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
     assert config_of(tmp_path / "ours")["modules_to_save"] is None
     close(run_torch(opened(base, tmp_path / "ours")), run_torch(model), run_torch(base))
