@@ -213,7 +213,7 @@ class History:
 
 def can_be_written(path: Path) -> contextlib.AbstractContextManager[None]:
     """Inside it, what the disk refuses is an error that says how the run goes on."""
-    fix = "make room on the disk or mend it; the same command then goes on from there."
+    fix = "free disk space, then rerun the same command to resume."
     return writing("train", f"{path} can't be written to; what was saved before is there.", fix)
 
 

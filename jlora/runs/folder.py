@@ -224,7 +224,7 @@ def check_writable(who: str, folder: Path, flag: str, needed: int = 0) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         problem = f"{parent} has {free:,} bytes left, the run needs about {needed:,}."
-        raise JloraOSError(who, problem, [], "make room, or " + fix)
+        raise JloraOSError(who, problem, [], "free disk space, or " + fix)
 
 
 def check_folder(config: Config, needed: int = 0) -> bool:
@@ -451,7 +451,7 @@ def save_best(folder: Path, params: Tree, task: Task) -> None:
             save_adapter(folder / ADAPTER, params, train=task.trained, model=task.loaded.model)
         except OSError as error:
             problem = f"{folder / ADAPTER} can't be written to; what was saved before is there."
-            fix = "make room on the disk or mend it; the same command then goes on from there."
+            fix = "free disk space, then rerun the same command to resume."
             reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
             raise JloraOSError("train", problem, [reason], fix) from error
 

@@ -1,4 +1,4 @@
-"""Cross entropy over a large vocabulary, without the logits of more than one chunk of tokens at a time."""
+"""Cross entropy over a large vocabulary that keeps the logits of only one chunk of tokens in memory."""
 
 import math
 from collections.abc import Callable
@@ -26,12 +26,12 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The mean cross entropy of `logits_fn(params, hidden)`, in chunks over tokens.
 
-    A chunk's gradient is taken right where its logits are, in the forward pass, so they are computed once
-    and are never all there at once: memory for logits is chunk x vocab, however many tokens there are. Of
-    `params` only what is being differentiated gets a gradient: a frozen head costs none.
+    The gradient of a chunk is computed with its logits, in the forward pass. So the logits are computed once, and the
+    memory for logits is chunk x vocab for any number of tokens. Only the leaves of `params` that are differentiated
+    get a gradient: a frozen head needs no computation for it.
 
-    An adapted head is adapted inside, and the loss stays outside of any adapted function, since no adapter
-    can enter a rule written for plain arrays::
+    Adapt the head alone, and call this function outside of any adapted function, because an adapted kernel can't enter
+    the derivative rule of the loss::
 
         features = jlora.adapt(lambda params, ids: model.apply({"params": params}, ids, method="features"))
         head = jlora.adapt(lambda params, hidden: model.apply({"params": params}, hidden, method="head"))
@@ -40,74 +40,76 @@ def cross_entropy(
             return cross_entropy(head, params, features(params, batch["ids"]), batch["labels"])
 
     Args:
-        logits_fn: gives logits for rows of `hidden`, each row by itself; must not close over what is differentiated.
-        params: passed on to `logits_fn`, wrapped or not.
+        logits_fn: computes the logits of rows of `hidden`, each row independently. It must not close over arrays that
+            are differentiated.
+        params: passed to `logits_fn`, wrapped or not.
         hidden: features of every token.
-        labels: right class of every token; not read where the weight is 0.
-        weights: how much every token counts, a constant to differentiation; None means 1 for all.
-        chunk: tokens to a chunk.
+        labels: the correct class of every token; not read where the weight is 0.
+        weights: weight of every token, constant in differentiation; None means 1 for all.
+        chunk: tokens per chunk.
 
     Returns:
         sum(weights * losses) / sum(weights) in float32 or wider; 0 where all weights are 0.
 
     Raises:
-        ValueError: shapes that don't fit each other, no tokens, chunk below 1.
+        ValueError: the shapes don't fit each other, there are no tokens, or chunk is below 1.
     """
     _check(hidden, labels, weights, chunk)
     tokens = labels.size
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     weights = jnp.ones(labels.shape, dtype) if weights is None else weights
-    shares = jax.lax.stop_gradient(weights).astype(dtype)
-    total = shares.sum()
-    shares = shares / jnp.where(total == 0, 1, total)
-    labels = jnp.where(shares == 0, 0, labels)
-    pieces = math.ceil(tokens / chunk)
-    extra = -tokens % pieces
+    weights = jax.lax.stop_gradient(weights).astype(dtype)
+    total = weights.sum()
+    weights = weights / jnp.where(total == 0, 1, total)
+    labels = jnp.where(weights == 0, 0, labels)
+    chunks = math.ceil(tokens / chunk)
+    padding = -tokens % chunks
 
-    def cut(leaf: Array, mode: str) -> Array:
-        """(*tokens, ...) to (pieces, rows, ...); where tokens lie spread over devices, so does each piece."""
+    def to_chunks(leaf: Array, mode: str) -> Array:
+        """(*tokens, ...) to (chunks, rows, ...). If tokens are sharded over devices, so is each chunk."""
         flat = leaf.reshape(tokens, *leaf.shape[labels.ndim :])
-        full = jnp.pad(flat, [(0, extra)] + [(0, 0)] * (flat.ndim - 1), mode=mode)
-        return full.reshape(-1, pieces, *flat.shape[1:]).swapaxes(0, 1)
+        padded = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1), mode=mode)
+        return padded.reshape(-1, chunks, *flat.shape[1:]).swapaxes(0, 1)
 
-    # What fills the last chunk up repeats the last token, to be as finite as the data, and weighs nothing.
-    rows = cut(hidden, "edge"), cut(labels, "edge"), cut(shares, "constant")
+    # The padding repeats the last token, so that it is finite if the data is, and has weight 0.
+    rows = to_chunks(hidden, "edge"), to_chunks(labels, "edge"), to_chunks(weights, "constant")
     leaves, structure = jax.tree.flatten(params)
-    return _scanned(lambda leaves, hidden: logits_fn(jax.tree.unflatten(structure, leaves), hidden))(leaves, *rows)
+    loss = _make_chunked_loss(lambda leaves, hidden: logits_fn(jax.tree.unflatten(structure, leaves), hidden))
+    return loss(leaves, *rows)
 
 
-def _scanned(logits_fn: Callable[[list[Array], Array], Array]) -> Callable[..., Float[Array, ""]]:
-    """The loss over chunks, with the rule that takes its gradient in the forward pass."""
+def _make_chunked_loss(logits_fn: Callable[[list[Array], Array], Array]) -> Callable[..., Float[Array, ""]]:
+    """The loss as a scan over chunks, with a derivative rule that computes the gradient in the forward pass."""
 
-    def of_chunk(leaves: list[Array], hidden: Array, labels: Array, shares: Array) -> Float[Array, ""]:
-        logits = logits_fn(leaves, hidden).astype(shares.dtype)
+    def chunk_loss(leaves: list[Array], hidden: Array, labels: Array, weights: Array) -> Float[Array, ""]:
+        logits = logits_fn(leaves, hidden).astype(weights.dtype)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return jnp.where(shares == 0, 0, losses * shares).sum()
+        return jnp.where(weights == 0, 0, losses * weights).sum()
 
     @jax.custom_vjp
-    def loss(leaves: list[Array], hidden: Array, labels: Array, shares: Array) -> Float[Array, ""]:
+    def loss(leaves: list[Array], hidden: Array, labels: Array, weights: Array) -> Float[Array, ""]:
         def add(total: Array, rows: tuple[Array, ...]) -> tuple[Array, None]:
-            return total + of_chunk(leaves, *rows), None
+            return total + chunk_loss(leaves, *rows), None
 
-        return jax.lax.scan(add, jnp.zeros((), shares.dtype), (hidden, labels, shares))[0]
+        return jax.lax.scan(add, jnp.zeros((), weights.dtype), (hidden, labels, weights))[0]
 
-    def forward(leaves: list[Any], hidden: Any, labels: Any, shares: Any) -> tuple[Float[Array, ""], Any]:
+    def forward(leaves: list[Any], hidden: Any, labels: Any, weights: Any) -> tuple[Float[Array, ""], Any]:
         values = [leaf.value for leaf in leaves]
-        moving = {n: leaf.value for n, leaf in enumerate(leaves) if leaf.perturbed}
+        differentiated = {n: leaf.value for n, leaf in enumerate(leaves) if leaf.perturbed}
 
         def add(carry: tuple[Array, Any], rows: tuple[Array, ...]) -> tuple[tuple[Array, Any], Array | None]:
-            def of(moving: dict[int, Array], hidden: Array) -> Float[Array, ""]:
-                return of_chunk([moving.get(n, value) for n, value in enumerate(values)], hidden, *rows[1:])
+            def compute(differentiated: dict[int, Array], hidden: Array) -> Float[Array, ""]:
+                return chunk_loss([differentiated.get(n, value) for n, value in enumerate(values)], hidden, *rows[1:])
 
             total, sums = carry
-            one, pull = jax.vjp(of, moving, rows[0])
-            d_moving, d_hidden = pull(jnp.ones_like(one))
-            sums = jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), sums, d_moving)
+            one, vjp = jax.vjp(compute, differentiated, rows[0])
+            d_differentiated, d_hidden = vjp(jnp.ones_like(one))
+            sums = jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), sums, d_differentiated)
             return (total + one, sums), d_hidden if hidden.perturbed else None
 
-        zeros = {n: jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for n, v in moving.items()}
-        start = jnp.zeros((), shares.value.dtype), zeros
-        (total, sums), d_hidden = jax.lax.scan(add, start, (hidden.value, labels.value, shares.value))
+        zeros = {n: jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32)) for n, v in differentiated.items()}
+        start = jnp.zeros((), weights.value.dtype), zeros
+        (total, sums), d_hidden = jax.lax.scan(add, start, (hidden.value, labels.value, weights.value))
         d_leaves = [sums[n].astype(value.dtype) if n in sums else None for n, value in enumerate(values)]
         return total, (d_leaves, d_hidden)
 
@@ -123,14 +125,14 @@ def _check(hidden: Any, labels: Any, weights: Any, chunk: int) -> None:
     wrong = []
     if hidden.ndim != labels.ndim + 1 or hidden.shape[:-1] != labels.shape:
         shapes = f"hidden {list(hidden.shape)} and labels {list(labels.shape)}"
-        wrong.append(f"{shapes}: want (*tokens, features) and (*tokens)")
+        wrong.append(f"{shapes}: must be (*tokens, features) and (*tokens)")
     if weights is not None and weights.shape != labels.shape:
-        wrong.append(f"weights {list(weights.shape)} and labels {list(labels.shape)}: want the same shape")
+        wrong.append(f"weights {list(weights.shape)} and labels {list(labels.shape)}: must have the same shape")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        wrong.append(f"labels are {labels.dtype}: want integers")
+        wrong.append(f"labels are {labels.dtype}: must be integers")
     if labels.size == 0:
         wrong.append("no tokens")
     if chunk < 1:
-        wrong.append(f"chunk={chunk}: want 1 or more")
+        wrong.append(f"chunk={chunk}: must be 1 or more")
     if wrong:
         raise JloraValueError("cross_entropy", "the arguments don't fit each other.", wrong, "correct them.")

@@ -1,13 +1,13 @@
-"""Checkpoints of a training run: all that a step needs to go on as if it had never stopped.
+"""Checkpoints of a training run: everything that a run needs to resume as if it had never stopped.
 
 ::
 
     folder/<step>/state/       Orbax: TrainState
-    folder/<step>/notes/       JSON: where the data stands, what was best, how much was written
+    folder/<step>/notes/       JSON: position in the data, best metric, sizes of the log files
     folder/<step>/files.json   a digest of every file
 
-Orbax writes a step beside the others and renames it when it is complete, so a killed process leaves no half of one.
-The digests find what a disk or a copy changes afterwards, and keep Orbax from reading it.
+Orbax writes a step under a temporary name and renames it when it is complete, so a killed process leaves no partial
+step. The digests detect files that a disk or a copy changed later, and such files are not passed to Orbax.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ from jlora.training.step import TrainState
 
 
 class RestoredState(NamedTuple):
-    """A checkpoint that was read.
+    """The contents of a checkpoint.
 
     Attributes:
         state: the state of the run.
-        notes: what was saved with it.
+        notes: the values that were saved with it.
         damaged: newer checkpoints that can't be used, each with its step and the reason.
     """
 
@@ -40,11 +40,11 @@ class RestoredState(NamedTuple):
 
 
 class RunCheckpoints:
-    """The checkpoints of one run, written while training goes on.
+    """The checkpoints of one run, written in the background.
 
     Args:
-        folder: where they are; made if it isn't there.
-        keep: how many are kept, the newest.
+        folder: the folder of the checkpoints; created if it doesn't exist.
+        keep: number of checkpoints to keep, the newest ones.
 
     Raises:
         ValueError: Orbax can't use a folder of this name.
@@ -64,26 +64,26 @@ class RunCheckpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: TrainState, notes: dict[str, Any]) -> None:
-        """Saves a step; the arrays are copied before this comes back, and written after.
+        """Saves a step. The arrays are copied before this method returns, and written afterwards.
 
         Args:
-            step: its number.
-            state: the state after it.
-            notes: anything that JSON holds.
+            step: number of the step.
+            state: the state after the step.
+            notes: values to save with it, as JSON.
 
         Raises:
-            OSError: this one or the one before can't be written.
+            OSError: this checkpoint or the previous one can't be written.
         """
-        items = ocp.args.Composite(state=ocp.args.StandardSave(_plain(state)), notes=ocp.args.JsonSave(notes))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(_to_arrays(state)), notes=ocp.args.JsonSave(notes))
         with self._writing():
             self._manager.wait_until_finished()
             self._saving = step
             self._manager.save(step, args=items)
 
     def restore(self, like: TrainState) -> RestoredState | None:
-        """The newest checkpoint that is whole; newer ones, being damaged, are deleted once it has been read.
+        """Restores the newest undamaged checkpoint, and then deletes the newer, damaged ones.
 
-        A checkpoint of an earlier version has no digests; it is taken for whole if Orbax can read it.
+        A checkpoint of an earlier version has no digests; it counts as undamaged if Orbax can read it.
 
         Args:
             like: a state of the same structure; each leaf is restored with its shape, dtype and sharding.
@@ -92,29 +92,29 @@ class RunCheckpoints:
             The state, its notes and the damaged checkpoints; None where there is no checkpoint.
 
         Raises:
-            ValueError: there are checkpoints and none of them can be read, with each one's reason.
+            ValueError: there are checkpoints, but none can be read; each is listed with its reason.
         """
-        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _plain(like))
+        template = jax.tree.map(ocp.utils.to_shape_dtype_struct, _to_arrays(like))
         reasons: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found, reason = self._read(step, template)
+            items, reason = self._read(step, template)
             if reason is not None:
                 reasons.append(f"step {step}: {reason}")
                 continue
-            # They would keep their places from the states that are to come.
+            # Orbax doesn't save a step whose number is not above that of its newest checkpoint.
             for damaged in [number for number in self._manager.all_steps() if number > step]:
                 self._manager.delete(damaged)
-            return RestoredState(_typed(found["state"], like), found["notes"], reasons)
+            return RestoredState(_to_state(items["state"], like), items["notes"], reasons)
         if reasons:
-            fix = "start the run anew, or put the files back."
+            fix = "start the run again from the beginning, or restore the files."
             raise JloraValueError("resume", f"no checkpoint in {self.folder} can be read.", reasons, fix)
         return None
 
     def _record_files(self) -> None:
-        """Writes the digests of the step that is being saved."""
+        """Writes the digests of the step that Orbax is saving."""
         if jax.process_index() == 0:
             (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-            # Orbax writes to the files beside the items once more.
+            # Only the files of the items: Orbax writes to the files beside them again.
             items = [item for item in folder.iterdir() if item.is_dir()]
             files = [
                 path.relative_to(folder).as_posix() for item in items for path in item.rglob("*") if path.is_file()
@@ -122,52 +122,53 @@ class RunCheckpoints:
             write_digests(folder, files)
 
     def _read(self, step: int, template: Any) -> tuple[Any, str | None]:
-        """The items of a step, and why they can't be used; None where they can."""
-        reason = _agreed(_damage(self.folder / str(step)))
+        """The items of a step, and the reason why they can't be used, or None."""
+        reason = _share_reason(_describe_damage(self.folder / str(step)))
         if reason is not None:
             return None, reason
         items = ocp.args.Composite(state=ocp.args.StandardRestore(template), notes=ocp.args.JsonRestore())
         try:
-            found, reason = self._manager.restore(step, args=items), None
-        except Exception as error:  # each library that takes part in reading has errors of another kind
-            found, reason = None, next(iter(str(error).splitlines()), type(error).__name__)
-        return found, _agreed(reason)
+            restored, reason = self._manager.restore(step, args=items), None
+        except Exception as error:  # Orbax, TensorStore and others raise errors of different kinds
+            restored, reason = None, next(iter(str(error).splitlines()), type(error).__name__)
+        return restored, _share_reason(reason)
 
     def close(self) -> None:
-        """Waits for what is being written, and frees what the writing needed.
+        """Waits until the last checkpoint is written, and releases the resources.
 
         Raises:
-            OSError: the last one can't be written.
+            OSError: the last checkpoint can't be written.
         """
         with self._writing():
             self._manager.wait_until_finished()
         self._manager.close()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        problem = f"a checkpoint can't be written to {self.folder}; those before it are there."
-        fix = "make room on the disk or mend it; the same command then goes on from the last one."
+        problem = f"a checkpoint can't be written to {self.folder}; the earlier checkpoints are intact."
+        fix = "free disk space, then rerun the same command to resume from the last checkpoint."
         return writing("checkpoint", problem, fix)
 
 
-def _plain(state: TrainState) -> dict[str, Any]:
-    """A state as the kinds that Orbax keeps: a PRNG key as its bits."""
+def _to_arrays(state: TrainState) -> dict[str, Any]:
+    """A state in the types that Orbax can store: the PRNG key becomes its data."""
     values = {name: getattr(state, name) for name in ("step", "adapters", "opt_state", "skipped")}
     return values | {"key": jax.random.key_data(state.key)}
 
 
-def _typed(values: dict[str, Any], like: TrainState) -> TrainState:
+def _to_state(values: dict[str, Any], like: TrainState) -> TrainState:
+    """The inverse of `_to_arrays`."""
     key = jax.random.wrap_key_data(values["key"], impl=jax.random.key_impl(like.key))
     return TrainState(**values | {"key": key})
 
 
-def _damage(folder: Path) -> str | None:
-    """How the files of a checkpoint differ from those saved; None where they do not, or there are no digests."""
+def _describe_damage(folder: Path) -> str | None:
+    """The files of a checkpoint that differ from their digests; None if all are intact, or there are no digests."""
     damaged = find_damage(folder)
     return f"{count(len(damaged), 'file')} damaged or missing: {', '.join(damaged)}" if damaged else None
 
 
-def _agreed(reason: str | None) -> str | None:
-    """A reason not to use a checkpoint that any process of the run has; None where none has one."""
+def _share_reason(reason: str | None) -> str | None:
+    """A reason not to use a checkpoint if any process of the run has one, so that all processes use the same one."""
     if jax.process_count() == 1:
         return reason
     refused = multihost_utils.process_allgather(np.int32(reason is not None)).max()

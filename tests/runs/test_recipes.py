@@ -570,7 +570,9 @@ def test_an_unwritable_folder_or_a_full_disk_is_found_out_before_anything_is_mad
         runs.check_folder(in_folder(job, tmp_path / "file" / "run"))
     assert runs.check_folder(in_folder(job, tmp_path / "deep" / "run"), needed=1000) is False
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
-    with pytest.raises(OSError, match=r"has 999 bytes left, the run needs about 1,000\.\nFix: make room, or choose"):
+    with pytest.raises(
+        OSError, match=r"has 999 bytes left, the run needs about 1,000\.\nFix: free disk space, or choose"
+    ):
         runs.check_folder(in_folder(job, tmp_path / "deep" / "run"), needed=1000)
     assert not (tmp_path / "deep").exists()
     if Path("/proc/self").is_dir():

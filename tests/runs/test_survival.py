@@ -203,9 +203,7 @@ def test_a_disk_that_fills_up_is_one_error_and_loses_nothing(save_every, model, 
     code, said = nursery.end()
     assert code == 2, said
     assert "Traceback" not in said
-    assert re.search(
-        r"can't be written.*\n  .*\nFix: make room on the disk .* the same command then goes on from", said
-    )
+    assert re.search(r"can't be written.*\n  .*\nFix: free disk space, then rerun the same command to resume", said)
     nursery.start("train", toml, *flags)
     code, said = nursery.end()
     assert code == 0, said

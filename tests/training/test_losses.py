@@ -77,7 +77,7 @@ def compiled(loss, argnums, *args):
     return jax.jit(jax.grad(loss, argnums)).lower(*args).compile()
 
 
-def test_the_logits_of_a_whole_batch_never_exist_at_once():
+def test_the_logits_of_a_whole_batch_are_never_in_memory():
     params, hidden, labels, _ = problem((2048,), 32, 4096, jnp.float32)
     ours = compiled(lambda p, h: cross_entropy(head, p, h, labels, chunk=128), (0, 1), params, hidden)
     all_at_once = compiled(lambda p, h: plain(head, p, h, labels), (0, 1), params, hidden)
@@ -86,7 +86,7 @@ def test_the_logits_of_a_whole_batch_never_exist_at_once():
     assert ours.memory_analysis().temp_size_in_bytes < logits / 4
 
 
-def test_a_frozen_head_costs_no_gradient():
+def test_a_frozen_head_needs_no_gradient_computation():
     params, hidden, labels, _ = problem((512,), 64, 512, jnp.float32)
     loss = lambda p, h: cross_entropy(head, p, h, labels, chunk=512)
     frozen, trained = (compiled(loss, argnums, params, hidden).cost_analysis()["flops"] for argnums in (1, (0, 1)))

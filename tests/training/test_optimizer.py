@@ -93,7 +93,7 @@ def test_state_holds_no_array_of_a_frozen_leafs_size():
     assert shapes == {leaf.shape for leaf in jax.tree.leaves(split(params)[0])} | {()}
 
 
-def test_the_global_norm_is_taken_over_what_trains_alone():
+def test_the_global_norm_is_computed_over_the_trainable_leaves():
     params, (x, y) = wrapped(), batch()
     adapters, base = split(params, train=["head"])
 

@@ -8,7 +8,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from jlora.training.run_state import RunCheckpoints, _plain
+from jlora.training.run_state import RunCheckpoints, _to_arrays
 from jlora.training.step import TrainState
 from jlora.tree.splitting import split
 from jlora.tree.wrapping import wrap
@@ -28,7 +28,7 @@ def state_at(step: int) -> TrainState:
 
 
 def leaves(state: TrainState) -> dict[str, bytes]:
-    found = jax.tree_util.tree_leaves_with_path(_plain(state))
+    found = jax.tree_util.tree_leaves_with_path(_to_arrays(state))
     return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in found}
 
 
@@ -106,14 +106,14 @@ def test_where_no_checkpoint_is_whole_all_reasons_are_given(saved, tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_without_digests_is_restored(tmp_path):
     with ocp.CheckpointManager(tmp_path) as manager:
-        items = {"state": ocp.args.StandardSave(_plain(state_at(3))), "notes": ocp.args.JsonSave({"written": 3})}
+        items = {"state": ocp.args.StandardSave(_to_arrays(state_at(3))), "notes": ocp.args.JsonSave({"written": 3})}
         manager.save(3, args=ocp.args.Composite(**items))
     state, notes, damaged = restore(tmp_path)
     assert leaves(state) == leaves(state_at(3))
     assert (notes, damaged) == ({"written": 3}, [])
 
 
-def test_a_folder_that_orbax_can_not_use_is_refused(tmp_path):
+def test_a_folder_name_that_orbax_cannot_use_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"checkpoint: Orbax can't use the path .*\n  'a\[1\]'  is a glob pattern"):
         RunCheckpoints(tmp_path / "a[1]")
     assert not list(tmp_path.iterdir())

@@ -182,10 +182,10 @@ def test_a_state_that_was_donated_is_one_clear_error_and_a_copy_still_trains():
     copy = jax.tree.map(jnp.copy, state)
     after, _ = step(state, base, make_batch())
     for used in (state, after.replace(adapters=state.adapters), after.replace(opt_state=state.opt_state)):
-        with pytest.raises(ValueError, match=r"^make_train_step: this state was given to an earlier step") as error:
+        with pytest.raises(ValueError, match=r"^make_train_step: this state was passed to an earlier step") as error:
             step(used, base, make_batch())
         assert str(error.value).count("\n") == 1
-        assert "\nFix: go on with the state that step returned" in str(error.value)
+        assert "\nFix: use the state that the step returned" in str(error.value)
     again, _ = step(copy, base, make_batch())
     assert raw(again.adapters) == raw(after.adapters)
     # Under another transformation the leaves of a state have no memory of their own.
@@ -193,7 +193,7 @@ def test_a_state_that_was_donated_is_one_clear_error_and_a_copy_still_trains():
     assert raw(step(after, base, make_batch())[0].adapters) == raw(traced.adapters)
 
 
-def test_every_step_and_micro_batch_draws_from_a_key_of_its_own():
+def test_every_step_and_microbatch_has_a_separate_key():
     def drawing(params, batch, key):
         return loss_fn(params, batch, key), {"draw": jax.nn.one_hot(batch["row"][0], 4) * jax.random.uniform(key) * 4}
 
@@ -231,7 +231,7 @@ def test_one_trace_and_one_compile_over_100_steps_other_adapters_and_other_scali
     assert step._cache_size() == 1
 
 
-def test_aux_floats_are_averaged_and_counts_are_summed_over_micro_batches():
+def test_aux_floats_are_averaged_and_counts_are_summed_over_microbatches():
     def counting(params, batch, key):
         return loss_fn(params, batch, key), {"x": batch["x"].mean(), "positive": (batch["x"] > 0).sum()}
 
@@ -283,7 +283,7 @@ def test_xla_flops_are_two_thirds_of_full_fine_tunings():
     assert abs(lora / full / (2 / 3) - 1) < 0.06
 
 
-def test_a_loss_that_never_reads_the_adapters_names_the_mend():
+def test_a_loss_that_never_reads_the_adapters_names_the_fix():
     forgot = lambda params, batch, key: jnp.mean((network(params, batch["x"]) - batch["y"]) ** 2)
     state, base = start(optax.sgd(0.1))
     with pytest.raises(
@@ -295,7 +295,7 @@ def test_a_loss_that_never_reads_the_adapters_names_the_mend():
         make_train_step(forgot, optax.sgd(0.1), accumulate=2)(state, base, make_batch())
 
 
-def test_a_loss_that_reads_some_of_the_adapters_is_none_of_our_business():
+def test_a_loss_that_reads_only_some_of_the_adapters_is_not_an_error():
     head = adapt(lambda params, x: jnp.tanh(x @ params["first"]["kernel"]))
     state, base = start(optax.sgd(0.1))
     half = lambda params, batch, key: jnp.mean(head(params, batch["x"]) ** 2)
@@ -303,7 +303,7 @@ def test_a_loss_that_reads_some_of_the_adapters_is_none_of_our_business():
     assert int(state.step) == 1
 
 
-def test_a_batch_that_cannot_be_cut_evenly_is_an_error_naming_its_leaves():
+def test_a_batch_that_cannot_be_split_evenly_is_an_error_naming_its_leaves():
     state, base = start(optax.sgd(0.1))
     batch = make_batch() | {"temperature": jnp.ones(()), "fits": jnp.ones(9)}
     with pytest.raises(ValueError, match=r"accumulate=3") as error:
@@ -321,12 +321,12 @@ def test_options_out_of_range_are_reported_together():
 @pytest.mark.parametrize(
     ("result", "kind", "words"),
     [
-        (lambda loss: loss[None], TypeError, r"loss_fn gave float32\[1\], not a floating scalar"),
+        (lambda loss: loss[None], TypeError, r"loss_fn returned float32\[1\], not a floating scalar"),
         (lambda loss: (loss, loss), TypeError, "loss_fn's aux is a"),
-        (lambda loss: (loss, {"grad_norm": loss}), ValueError, "names of the step's own metrics"),
+        (lambda loss: (loss, {"grad_norm": loss}), ValueError, "1 name of the step's metrics"),
     ],
 )
-def test_what_a_loss_must_not_return_is_told(result, kind, words):
+def test_a_wrong_result_of_a_loss_is_reported(result, kind, words):
     state, base = start(optax.sgd(0.1))
     step = make_train_step(lambda *args: result(loss_fn(*args)), optax.sgd(0.1))
     with pytest.raises(kind, match=words):
