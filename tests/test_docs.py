@@ -3,12 +3,16 @@
 import contextlib
 import doctest
 import importlib
+import inspect
 import io
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import jlora
@@ -102,8 +106,20 @@ def test_the_reference_has_every_public_name_once():
     assert sorted(documented) == sorted({*jlora.__all__, "__version__"})
 
 
+def test_every_public_function_has_an_example_that_runs():
+    """In its docstring, or in a program of the docs."""
+    run = "\n".join(text for page in PAGES for kind, text, _ in blocks(page) if kind == "python")
+    functions = [name for name in jlora.__all__ if inspect.isfunction(getattr(jlora, name))]
+    assert [
+        function
+        for function in functions
+        if ">>> " not in str(getattr(jlora, function).__doc__) and f"jlora.{function}(" not in run
+    ] == []
+
+
 @pytest.mark.parametrize("path", [pytest.param(path, id=name(path)) for path in EXAMPLES])
 def test_the_examples_in_a_modules_docstrings_are_true(path):
     module = importlib.import_module(name(path).removesuffix(".py").replace("/", ".").removesuffix(".__init__"))
-    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "jlora": jlora}
+    result = doctest.testmod(module, extraglobs=names, optionflags=doctest.ELLIPSIS)
     assert result.attempted and not result.failed

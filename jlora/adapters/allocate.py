@@ -24,6 +24,10 @@ def gradient_norms(grads: Tree) -> dict[TreePath, float]:
 
     Raises:
         ValueError: the tree has no gradient of an adapter.
+
+    Examples:
+        >>> jlora.gradient_norms({"kernel_lora_a": jnp.zeros((4, 1)), "kernel_lora_b": jnp.array([[3.0, 4.0]])})
+        {'kernel': 5.0}
     """
     squares: dict[TreePath, float] = {}
     for path, leaf in read_arrays("gradient_norms", grads, "grads").items():
@@ -69,6 +73,12 @@ def allocate(
     Raises:
         ValueError: `importance` lacks kernels or has unknown ones, or its numbers are negative, not finite or all zero;
             the limits are out of range; or the budget is less than the lowest ranks need.
+
+    Examples:
+        >>> layer = lambda: {"kernel": jnp.ones((16, 16))}
+        >>> params = jlora.wrap({"first": layer(), "last": layer()}, rank=4)
+        >>> jlora.allocate({"first/kernel": 1.0, "last/kernel": 3.0}, params, budget=4)
+        {'first/kernel': 2, 'last/kernel': 6}
     """
     layouts, leaves = read_layouts("allocate", params), flatten(params)
     _check_importance(importance, list(layouts))

@@ -49,6 +49,11 @@ def resize(
 
     Source:
         Eckart & Young 1936, doi:10.1007/BF02288367.
+
+    Examples:
+        >>> small = jlora.resize(jlora.wrap({"kernel": jnp.ones((784, 128))}, rank=64), rank=5)
+        >>> small["kernel_lora_a"].shape, small["kernel_lora_b"].shape
+        ((784, 5), (5, 128))
     """
     if (rank is None) == (energy is None):
         problem = f"{'neither of rank and energy is' if rank is None else 'both of rank and energy are'} given."

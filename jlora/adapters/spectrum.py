@@ -94,6 +94,12 @@ def spectrum(params: Tree, *, overlap: bool = False) -> dict[TreePath, Spectrum]
 
     Source:
         Hu et al. 2021, arXiv:2106.09685, sections 7.2 and 7.3.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((2, 2))}, rank=2, alpha=4)
+        >>> params |= {"kernel_lora_a": jnp.eye(2), "kernel_lora_b": jnp.diag(jnp.array([3.0, 1.0]))}
+        >>> print(jlora.spectrum(params)["kernel"].singular_values)
+        [6. 2.]
     """
     leaves, spectra = flatten(params, "spectrum"), {}
     for path, (trio, layout) in read_trios("spectrum", params).items():

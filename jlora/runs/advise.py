@@ -108,6 +108,11 @@ def advise(
     Raises:
         ValueError: an unknown task or difficulty, no examples, targets or memory without a model, settings without
             memory, targets that match nothing, or a model of which no step fits.
+
+    Examples:
+        >>> advice = jlora.advise("token_classification", examples=5432)
+        >>> advice.rank, advice.low, advice.high
+        (32, 16, 64)
     """
     _check(task, examples, difficulty, model, {"targets": targets, "memory": memory}, settings)
     kind, why = KINDS[task]

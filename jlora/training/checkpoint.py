@@ -123,6 +123,14 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
         ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that is
             already wrapped or not the one the adapter was trained on, with the leaves or settings that differ; a name
             of `folder` that Orbax can't read.
+
+    Examples:
+        >>> base = {"kernel": jnp.ones((4, 4))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     jlora.save_adapter(folder, jlora.wrap(base, rank=2))
+        ...     params = jlora.restore_adapter(folder, base)
+        >>> sorted(params)
+        ['kernel', 'kernel_lora_a', 'kernel_lora_b', 'kernel_lora_scaling']
     """
     base = read_arrays("restore_adapter", base_params, "base_params")
     if is_wrapped(base):

@@ -32,6 +32,13 @@ def optimizer(tx: optax.GradientTransformation, params: Tree, train: Pattern = (
 
     Raises:
         ValueError: the tree has no adapter, or a name in `train` matches nothing.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((4, 4))}, rank=2)
+        >>> tx = jlora.optimizer(optax.adamw(1e-3), params)
+        >>> updates, _ = tx.update(params, tx.init(params), params)  # the parameters stand for gradients
+        >>> bool((optax.apply_updates(params, updates)["kernel"] == params["kernel"]).all())
+        True
     """
     read_layouts("optimizer", params)
     trainable = mask(params, train)

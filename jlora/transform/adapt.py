@@ -56,6 +56,12 @@ def adapt(fn: Callable[..., Any], *, dropout: float = 0.0, materialize: bool = F
         TypeError: `fn` is not a function.
         ValueError: `dropout` outside [0, 1); when called: a kernel used in a way that has no low-rank form (all such
             uses are listed, with their lines), or adapter leaves without their kernel.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((16, 4))}, rank=2)
+        >>> forward = jlora.adapt(lambda params, x: x @ params["kernel"])
+        >>> forward(params, jnp.ones((3, 16))).shape
+        (3, 4)
     """
     check_function("adapt", fn)
     if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:

@@ -33,6 +33,12 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[TreeP
     Raises:
         TypeError: `fn` is not a function, or `params` is not a tree.
         ValueError: no arrays, arrays with one slash path, or one with the name of an adapter's leaf.
+
+    Examples:
+        >>> params = {"kernel": jnp.ones((4, 5, 16))}
+        >>> mix = lambda params, x: jnp.einsum("bc,ghc->bgh", x, params["kernel"])
+        >>> jlora.infer_layout(mix, params, jnp.ones((2, 16)))
+        {'kernel': 'ooi'}
     """
     check_function("infer_layout", fn)
     given = read_arrays("infer_layout", params)

@@ -28,6 +28,15 @@ def split(params: Tree, train: Pattern = ()) -> tuple[Tree, Tree]:
 
     Raises:
         ValueError: the tree has no adapter, or a name in `train` matches nothing.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}, rank=2)
+        >>> adapters, base = jlora.split(params)
+        >>> sorted(adapters), sorted(base)
+        (['kernel_lora_a', 'kernel_lora_b'], ['bias', 'kernel', 'kernel_lora_scaling'])
+        >>> adapters, base = jlora.split(params, train=["bias"])
+        >>> sorted(adapters)
+        ['bias', 'kernel_lora_a', 'kernel_lora_b']
     """
     read_layouts("split", params)
     return partition(params, make_trainable_test("split", params, train))
@@ -39,6 +48,12 @@ def join(adapters: Tree, base: Tree) -> Tree:
     Raises:
         TypeError: an argument is not a tree.
         ValueError: both trees have the same leaf.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((4, 4))}, rank=2)
+        >>> adapters, base = jlora.split(params)
+        >>> jlora.join(adapters, base).keys() == params.keys()
+        True
     """
     for name, half in (("adapters", adapters), ("base", base)):
         if children(half) is None:
@@ -53,6 +68,11 @@ def extract(params: Tree) -> Tree:
 
     Raises:
         ValueError: the tree has no adapter.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}, rank=2)
+        >>> sorted(jlora.extract(params))
+        ['kernel_lora_a', 'kernel_lora_b', 'kernel_lora_scaling']
     """
     read_layouts("extract", params)
     return partition(params, lambda path, _: is_adapter_leaf(path))[0]
@@ -64,6 +84,12 @@ def attach(adapter: Tree, base_params: Tree) -> Tree:
     Raises:
         ValueError: the base already has an adapter, or lacks a kernel of the adapter, or has it in another shape; all
             such kernels are listed.
+
+    Examples:
+        >>> base = {"kernel": jnp.ones((4, 4))}
+        >>> adapter = jlora.extract(jlora.wrap(base, rank=2))
+        >>> sorted(jlora.attach(adapter, base))
+        ['kernel', 'kernel_lora_a', 'kernel_lora_b', 'kernel_lora_scaling']
     """
     base = read_arrays("attach", base_params, "base_params")
     check_unwrapped("attach", base)
@@ -87,6 +113,10 @@ def mask(params: Tree, train: Pattern = ()) -> Tree:
 
     Raises:
         ValueError: the tree has no adapter, or a name in `train` matches nothing.
+
+    Examples:
+        >>> jlora.mask(jlora.wrap({"kernel": jnp.ones((4, 4))}, rank=2))
+        {'kernel': False, 'kernel_lora_a': True, 'kernel_lora_b': True, 'kernel_lora_scaling': False}
     """
     read_layouts("mask", params)
     return map_with_path(make_trainable_test("mask", params, train), params)

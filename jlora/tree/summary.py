@@ -83,6 +83,12 @@ def summary(params: Tree, train: Pattern = ()) -> Summary:
 
     Raises:
         ValueError: the tree has no adapter, or a name in `train` matches nothing.
+
+    Examples:
+        >>> print(jlora.summary(jlora.wrap({"dense": {"kernel": jnp.ones((784, 128))}}, rank=8)))
+        path          shape      rank  scaling  parameters  trained
+        dense/kernel  784 x 128     8        1       7,296   7.27 %
+        trainable 7,296 / total 100,352 (7.27 %)
     """
     layouts = read_layouts("summary", params)
     leaves = flatten(params)

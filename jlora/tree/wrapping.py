@@ -107,6 +107,11 @@ def wrap(
 
     Source:
         Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+
+    Examples:
+        >>> params = jlora.wrap({"dense": {"kernel": jnp.ones((784, 128))}}, rank=8)
+        >>> {name: leaf.shape for name, leaf in params["dense"].items()}
+        {'kernel': (784, 128), 'kernel_lora_a': (784, 8), 'kernel_lora_b': (8, 128), 'kernel_lora_scaling': ()}
     """
     leaves = read_arrays("wrap", params)
     check_unwrapped("wrap", leaves)
@@ -150,6 +155,11 @@ def unwrap(params: Tree) -> Tree:
 
     Raises:
         ValueError: the tree has no adapter.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.ones((4, 4))}, rank=2)
+        >>> list(jlora.unwrap(params))
+        ['kernel']
     """
     read_layouts("unwrap", params)
     return drop_adapters(params)
@@ -163,6 +173,13 @@ def merge(params: Tree) -> Tree:
 
     Raises:
         ValueError: the tree has no adapter, or one that doesn't fit its kernel.
+
+    Examples:
+        >>> params = jlora.wrap({"kernel": jnp.zeros((2, 2))}, rank=1, alpha=3)
+        >>> params["kernel_lora_a"], params["kernel_lora_b"] = jnp.array([[1.0], [2.0]]), jnp.array([[1.0, 10.0]])
+        >>> print(jlora.merge(params)["kernel"])
+        [[ 3. 30.]
+         [ 6. 60.]]
     """
     layouts = read_layouts("merge", params)
     return replace_kernels(params, layouts, lambda _, kernel, a, b: merge_kernel(kernel, a, b))
