@@ -360,7 +360,8 @@ class Members:
             self.begun = True
         job = self.job(event.member)
         if not (job.output.folder / runs.CONFIG).exists():
-            runs.begin_run(job, self.corpus.labels, self.corpus.answers)
+            tokenizer = self.task.loaded.tokenizer
+            runs.begin_run(job, self.corpus.labels, self.corpus.answers, tokenizer=tokenizer)
         runs.save_best(job.output.folder, event.params, self.task)
 
     def capped(self, ranks: Sequence[int]) -> dict[TreePath, int]:

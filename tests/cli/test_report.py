@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +94,32 @@ def test_the_winner_answers_like_any_run(swept, capsys):
     capsys.readouterr()
     assert main(["predict", str(members[0]), "where is my courier"]) == 0
     assert "delivery" in capsys.readouterr().out
+
+
+def test_a_members_folder_is_a_run_for_every_command_and_its_files_have_digests(swept, job, tmp_path, capsys):
+    member = shutil.copytree(swept / "members" / "rank-2_lr-0.02_seed-0", tmp_path / "member")
+    test = ["--data", str(job.parent / "test.jsonl"), "--json"]
+    for argv in (
+        ["inspect", str(member), "--model", str(job.parent.parent / "model")],
+        ["merge", str(member), "--out", str(tmp_path / "merged")],
+        ["export", str(member), "--out", str(tmp_path / "peft")],
+    ):
+        assert main(argv) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["eval", str(member), *test]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main(["eval", str(tmp_path / "merged"), "--config", str(job), *test]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.pop("data") == expected.pop("data") and found == pytest.approx(expected, rel=1e-4)
+    files = ["config.toml", "labels.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]
+    for name in [*files, "adapter/adapter.json"]:
+        whole = (member / name).read_bytes()
+        (member / name).write_bytes(whole[:20] + bytes([whole[20] ^ 1]) + whole[21:])
+        assert main(["predict", str(member), "where is my courier"]) == 2, name
+        message = capsys.readouterr().err
+        assert Path(name).name in message and "\nFix: " in message and "Traceback" not in message
+        (member / name).write_bytes(whole)
+    assert main(["predict", str(member), "where is my courier"]) == 0
 
 
 class Reader(html.parser.HTMLParser):

@@ -58,8 +58,11 @@ def test_no_rank_is_advised_that_a_kernel_has_no_room_for(tiny):
     assert "The smallest kernel has room for rank 8" in str(found)
     # Those of the feed-forward layers are larger.
     assert advise("causal_lm", examples=154, model=tiny, targets=".*(gate|up|down)_proj/kernel").rank == 16
-    with pytest.raises(ValueError, match="matched no kernel"):
-        advise("causal_lm", examples=154, model=tiny, targets="nothing")
+    assert advise("causal_lm", examples=154, model=tiny, targets=["gate_proj", "up_proj", "down_proj"]).rank == 16
+    assert advise("causal_lm", examples=154, model=tiny, targets=["gate_proj", "k_proj"]).rank == 8
+    for targets in ("nothing", ["gate_proj", "nothing"]):
+        with pytest.raises(ValueError, match="matched no kernel"):
+            advise("causal_lm", examples=154, model=tiny, targets=targets)
 
 
 def test_memory_lowers_the_rank_to_one_whose_step_the_plan_finds_to_fit(tiny):
@@ -95,5 +98,11 @@ def test_the_command_says_the_same_and_reads_a_job(tiny, tmp_path, capsys):
     step = plan(tiny, rank=8, batch_size=2, sequence=32, scan=False)
     assert found["rank"] == 8 and found["step_bytes"] == step.total_bytes
     assert any("18 examples" in reason for reason in found["reasons"])
+    names = '["gate_proj", "up_proj"]'
+    (tmp_path / "named.toml").write_text((tmp_path / "job.toml").read_text() + f"[adapter]\ntargets = {names}\n")
+    assert main(["advise", "--config", str(tmp_path / "named.toml"), "--memory", "1GB", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    step = plan(tiny, rank=16, batch_size=2, sequence=32, scan=False, targets=("gate_proj", "up_proj"))
+    assert found["rank"] == 16 and found["step_bytes"] == step.total_bytes
     assert main(["advise", "--task", "causal_lm"]) == 2
     assert "too little is known.\n  --examples\nFix:" in capsys.readouterr().err

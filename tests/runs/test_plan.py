@@ -245,6 +245,19 @@ def test_mistakes_are_told_together_and_without_a_traceback(tiny, tmp_path, caps
         plan(tiny, rnak=3)
 
 
+def test_targets_may_be_a_list_of_names(tiny, capsys):
+    names, pattern = ("q_proj", "v_proj"), r".*/(q_proj|v_proj)/kernel"
+    found, same, every = (plan(tiny, **SMALL, targets=targets) for targets in (names, pattern, None))
+    assert replace(found, settings=same.settings) == same
+    # In each of 3 layers q is 16 x 16 and v is 16 x 8.
+    assert found.trained == 3 * SMALL["rank"] * (16 + 16 + 16 + 8) < every.trained
+    argv = [str(word) for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert main(["plan", tiny, *argv, "--targets", *names, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trained"] == found.trained
+    assert main(["plan", tiny, *argv, "--targets", "q_porj"]) == 2
+    assert "'q_porj'" in capsys.readouterr().err
+
+
 def test_a_memory_is_read_with_its_unit():
     found = [read_memory(text) for text in ("24GB", "24 GiB", "1.5kB", "512", 512, "2T")]
     assert found == [24 * 10**9, 24 * 2**30, 1500, 512, 512, 2 * 10**12]
