@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jlora.errors import JloraFileExistsError, JloraNotADirectoryError
+from jlora.hf.chat import chat_generation
 from jlora.hf.load import save_model
 from jlora.hf.peft import save_peft
 from jlora.hf.tokenizer import save_tokenizer
@@ -112,7 +113,11 @@ def merge(
     check_out("merge", out, overwrite)
     adapted = load_adapted(folder, model, dtype=dtype, untie=untie, vocab_size=vocab_size)
     params = fold(adapted.params) if dtype is None else cast(adapted.params, jnp.dtype(dtype))
-    save_model(out, adapted.loaded.model, params, adapted.loaded.tokenizer)
+    saved_model = adapted.loaded.model
+    if adapted.chat:
+        # Who runs the folder reads the end of an answer from this file, not from the chat template.
+        saved_model = saved_model.clone(origin=saved_model.origin._replace(generation=chat_generation(adapted.loaded)))
+    save_model(out, saved_model, params, adapted.loaded.tokenizer)
     form = ", for sentence-transformers: its embeddings are the logits" if adapted.loaded.model.pools_apart else ""
     print(f"{folder} merged into its base: {out}{form}")
 

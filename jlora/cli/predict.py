@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -246,38 +246,58 @@ def predictions(
         found: Iterable[Any] = ({"answer": text} for text in continuations(run, params, questions, sampling))
     elif isinstance(run.task, Entities):
         found = (
-            {"entities": [{"type": kind, "text": words} for kind, words in entities]}
-            for entities in tagged(run, params, [str(question) for question in questions])
+            {"entities": [{"type": kind, "text": words} for kind, words in sentence.entities]}
+            | truncation(run, count(sentence.untagged, "word is", "words are") + " not tagged", sentence.untagged)
+            for sentence in tagged(run, params, [str(question) for question in questions])
         )
     else:
-        chances = probabilities(run, params, [str(question) for question in questions])
-        found = ({"entries": ranked(chance, run, top)} for chance in chances)
+        chances, cut = probabilities(run, params, [str(question) for question in questions])
+        found = (
+            {"entries": ranked(chance, run, top)} | truncation(run, "the rest of the text is not read", n in cut)
+            for n, chance in enumerate(chances)
+        )
     for question, answer in zip(questions, found, strict=True):
         asked = question if isinstance(question, str) else list(question.messages)
         yield {"question": asked} | answer
 
 
-def probabilities(run: Run, params: Tree, questions: Sequence[str]) -> Float[np.ndarray, "texts labels"]:
-    """The probability of every class for every text."""
-    ids, _ = tokenise(run.task.loaded.tokenizer, questions, run.config.data.max_length)
+def truncation(run: Run, what: str, happened: object) -> dict[str, str]:
+    """The note of an answer to a text that `max_length` has cut, as JSON keeps it; empty for a text read whole."""
+    return {"note": f"{what}, beyond data.max_length = {run.config.data.max_length} tokens"} if happened else {}
+
+
+def probabilities(
+    run: Run, params: Tree, questions: Sequence[str]
+) -> tuple[Float[np.ndarray, "texts labels"], list[int]]:
+    """The probability of every class for every text, and the places of the texts that were not read whole."""
+    ids, cut = tokenise(run.task.loaded.tokenizer, questions, run.config.data.max_length)
     one = np.ones((), np.float32)
     rows = [Row(np.array(tokens, np.int32), np.zeros((), np.int32), one) for tokens in ids]
     run.task.check_vocabulary("predict", {"questions": rows})
-    return np.exp(log_softmax(run.task.score(params, rows, merged=True).outputs))
+    return np.exp(log_softmax(run.task.score(params, rows, merged=True).outputs)), cut
 
 
-def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """The entities of every sentence, with their words."""
+class Sentence(NamedTuple):
+    """The entities of a sentence with their words, and how many words beyond `max_length` have no tag."""
+
+    entities: list[tuple[str, str]]
+    untagged: int
+
+
+def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[Sentence]:
+    """The entities of every sentence."""
     words = [tuple(question.split()) for question in questions]
     labels = run.task.labels
     records = [Tagged(tokens, (labels[0],) * len(tokens)) for tokens in words]
     rows = make_rows(run.task.loaded.tokenizer, records, max_length=run.config.data.max_length, labels=labels).rows
     run.task.check_vocabulary("predict", {"questions": rows})
     tags = run.task.score(params, rows, merged=True).outputs
-    return [
+    found = [
         [(kind, " ".join(tokens[first : last + 1])) for kind, first, last in entities(said)]
         for tokens, said in zip(words, tags, strict=True)
     ]
+    beyond = [0 if row.beyond is None else len(row.beyond) for row in rows]
+    return [Sentence(*pair) for pair in zip(found, beyond, strict=True)]
 
 
 def continuations(run: Run, params: Tree, questions: Sequence[Question], sampling: Sampling) -> Iterator[str]:
@@ -330,4 +350,5 @@ def answer_text(item: dict[str, Any]) -> str:
         lines.append(f"  {entry['probability']:.3f}  {entry['label']}")
         if "answer" in entry:
             lines.append(f"         {entry['answer']}")
+    lines += [f"  ({item['note']})"] if "note" in item else []
     return "\n".join(lines)

@@ -45,7 +45,7 @@ from jlora.runs.engine import (
     nulled,
 )
 from jlora.runs.folder import Run
-from jlora.runs.start import start_adapter
+from jlora.runs.start import choose_tokenizer, start_adapter
 from jlora.tasks.tasks import Classes, Scores
 from jlora.tree.summary import Summary, summary
 from jlora.tree.wrapping import merge
@@ -176,6 +176,7 @@ def learn(config: Config, mesh: Mesh | None, console: Console, lock: runs.Folder
     data = config.data
     corpus = read(config)
     loaded = runs.place_base(runs.load_base(config, corpus.labels), mesh)
+    loaded = choose_tokenizer(config, loaded, resume=runs.check_folder(config))
     task = runs.make_task(config, loaded, corpus.labels, mesh)
     started = start_adapter(config, loaded, task.trained, corpus.labels)
     params = runs.place_params(started, loaded.model, mesh)

@@ -132,15 +132,15 @@ def check_targets(who: str, splits: Mapping[str, Sequence[Row]], max_length: int
         raise JloraValueError(who, problem, offenders, "raise data.max_length, or use other data.")
 
 
-def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
-    """Token ids of every text with the tokenizer's special tokens, and how many texts were cut to `max_length`."""
+def tokenise(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], list[int]]:
+    """Token ids of every text with the tokenizer's special tokens, and the places of the texts cut to `max_length`."""
     ids = tokenizer(list(texts), verbose=False)["input_ids"]
     long = [n for n, tokens in enumerate(ids) if len(tokens) > max_length]
     if long:
         cut = tokenizer([texts[n] for n in long], truncation=True, max_length=max_length)["input_ids"]
         for n, tokens in zip(long, cut, strict=True):
             ids[n] = tokens
-    return ids, len(long)
+    return ids, long
 
 
 def prompt_ids(tokenizer: Any, chat: Chat) -> list[int]:
@@ -164,7 +164,7 @@ def _class_rows(tokenizer: Any, records: Sequence[Labelled], labels: Sequence[st
         Row(np.array(tokens, np.int32), np.array(classes[record.label], np.int32), one)
         for tokens, record in zip(ids, records, strict=True)
     ]
-    return Rows(rows, cut)
+    return Rows(rows, len(cut))
 
 
 def _tag_rows(tokenizer: Any, records: Sequence[Tagged], labels: Sequence[str], max_length: int) -> Rows:

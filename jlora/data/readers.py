@@ -34,6 +34,8 @@ SHAREGPT_ROLES = {
 }
 TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 GZIP = ".gz"
+# gzip reaches about 1000, texts 3 to 30. A file that would fill the memory is refused once it is past GZIP_MOST bytes.
+GZIP_RATIO, GZIP_MOST = 200, 1 << 26
 # What the files of a split are called on the hub.
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -629,9 +631,12 @@ def _content(path: Path, wrong: list[str]) -> bytes | None:
     else:
         parts: list[bytes] = []
         try:
-            with gzip.open(path) as file:
+            with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
                 while part := file.read1(1 << 16):
                     parts.append(part)
+                    if file.tell() > max(GZIP_MOST, GZIP_RATIO * packed.tell()):
+                        wrong.append(f"{path}  the gzip data become more than {GZIP_RATIO} times as large")
+                        return None
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             # What came out before the damage tells where it is.
             line = sum(part.count(b"\n") for part in parts) + 1

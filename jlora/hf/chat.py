@@ -210,6 +210,20 @@ def stop_tokens(loaded: LoadedModel, *, chat: bool) -> list[int]:
     return sorted(token for token in tokens - {None} if token < loaded.config.vocab_size)
 
 
+def chat_generation(loaded: LoadedModel) -> str:
+    """A generation_config.json, as text, that ends a text where a chat's answer ends.
+
+    It is the checkpoint's own with all of `stop_tokens`. A checkpoint without one gets its config's special tokens,
+    which transformers reads in its place.
+    """
+    own = loaded.model.origin.generation
+    special = {name: getattr(loaded.config, name, None) for name in ("bos_token_id", "pad_token_id")}
+    content = {name: token for name, token in special.items() if token is not None} if own is None else json.loads(own)
+    stops = stop_tokens(loaded, chat=True)
+    content |= {"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {}
+    return json.dumps(content, indent=2) + "\n"
+
+
 def describe_format(tokenizer: Any) -> str | None:
     """What a user has to know of how chats are written before training on them; None for the common case."""
     if not tokenizer.chat_template:

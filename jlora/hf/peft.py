@@ -320,9 +320,15 @@ def load_peft(
     offenders += replace_rows(table, config, plain, tokens, base)
     fix, size = "load the adapter onto the base it was trained on.", vocabulary_size(table, pairs, plain)
     if size is not None:
-        fix = f"load the base with as many tokens as the adapter's had: load_model(..., vocab_size={size})."
+        fix = (
+            f"load the base with as many tokens as the adapter's had: load_model(..., vocab_size={size}), or with "
+            f"--vocab-size {size} on the command line (jlora train: --model.vocab-size {size})."
+        )
     if not offenders and (offenders := follow_ties(table, config, adapters, plain, base)):
-        fix = "load the base with load_model(..., untie=True), or with --untie on the command line."
+        fix = (
+            "load the base with load_model(..., untie=True), or with --untie on the command line (jlora train: "
+            "--model.untie)."
+        )
     if offenders:
         problem = f"the adapter in {str(folder)!r} does not fit the model."
         raise JloraValueError("load_peft", problem, offenders, fix)

@@ -1,7 +1,7 @@
 """What an adapter's folder holds: targets, ranks, scalings, sizes, how far it moves each kernel, and its base."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -190,12 +190,14 @@ class Adapted(NamedTuple):
         params: with it.
         train: paths of leaves that were trained in full.
         dropout: share of the adapters' input that was dropped in training, 0 where it is not known.
+        chat: whether it was trained to answer chats, as far as is known.
     """
 
     loaded: LoadedModel
     params: Tree
     train: tuple[TreePath, ...]
     dropout: float = 0.0
+    chat: bool = False
 
 
 def find_kind(folder: Path) -> str:
@@ -243,11 +245,13 @@ def load_adapted(
     if kind == "run":
         run = load_run(folder, model=model)
         loaded, params, dropout = run.task.loaded, run.params, run.config.adapter.dropout
-        return Adapted(loaded, params, changed(loaded.params, params), dropout)
+        chat = run.config.data.task == "instruction"
+        return Adapted(loaded, params, changed(loaded.params, params), dropout, chat)
     if kind == "jlora":
         metadata = read_metadata(folder)
         loaded = load_model(named(folder, model), **form_of(metadata, named(folder, model)))
         loaded = use_tokenizer(loaded, folder)
+        loaded = with_unread_modules(loaded, [path.replace("/", ".") for path in metadata["base"]])
         params = restore_adapter(folder, loaded.params, model=loaded.model)
         return Adapted(loaded, params, changed(loaded.params, params))
     config = peft.read_config(folder)
@@ -258,10 +262,14 @@ def load_adapted(
     form: dict[str, Any] = {"dtype": dtype or stored_dtype(base), "untie": untie, "vocab_size": vocab_size}
     loaded = load_model(name, revision=revision, **form, **head_of(folder, config, base))
     loaded = use_tokenizer(loaded, folder)
-    base_params = peft.add_unread_modules(loaded.model, loaded.params, peft.read_tensors(folder))
-    loaded = replace(loaded, params=base_params)
+    loaded = with_unread_modules(loaded, peft.read_tensors(folder))
     params = peft.load_peft(folder, loaded.model, loaded.params)
     return Adapted(loaded, params, changed(loaded.params, params), config.get("lora_dropout") or 0.0)
+
+
+def with_unread_modules(loaded: LoadedModel, names: Iterable[str]) -> LoadedModel:
+    """The base with the modules that no output reads, where `names`, with dots, name them."""
+    return replace(loaded, params=peft.add_unread_modules(loaded.model, loaded.params, names))
 
 
 def named(folder: Path, model: str | None) -> str:

@@ -9,13 +9,34 @@ import numpy as np
 from jlora.errors import JloraValueError, count
 from jlora.hf.load import LoadedModel
 from jlora.hf.peft import load_peft
+from jlora.hf.tokenizer import use_tokenizer
 from jlora.runs.config import Config
-from jlora.runs.folder import ADAPTER, LABELS, read_labels, wrap_base
+from jlora.runs.folder import ADAPTER, LABELS, TOKENIZER, read_labels, wrap_base
 from jlora.runs.inspection import changed, find_kind
 from jlora.training.checkpoint import restore_adapter
 from jlora.tree.layouts import SCALING, A
 from jlora.tree.paths import Tree, TreePath, flatten
 from jlora.tree.splitting import split
+
+
+def choose_tokenizer(config: Config, loaded: LoadedModel, *, resume: bool) -> LoadedModel:
+    """The base with the tokenizer that the run trains with.
+
+    A resumed run keeps the one in its folder, whatever the base's is now. A new run takes that of the adapter it
+    starts from, or else the base's.
+
+    Args:
+        config: the job.
+        loaded: the base.
+        resume: whether the run was begun before.
+
+    Raises:
+        ValueError: the tokenizer is damaged.
+    """
+    if resume:
+        return use_tokenizer(loaded, config.output.folder / TOKENIZER)
+    folder = config.adapter.from_
+    return loaded if folder is None else use_tokenizer(use_tokenizer(loaded, folder), folder / TOKENIZER)
 
 
 def start_adapter(config: Config, loaded: LoadedModel, trained: tuple[str, ...], labels: tuple[str, ...]) -> Tree:

@@ -78,6 +78,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     full = [path for path in flatten(adapters) if not is_adapter_leaf(path)]
     arrays = {path: np.asarray(leaf) for path, leaf in leaves.items() if is_adapter_leaf(path) or path in full}
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter_leaf(path)}
+    keys = _stored_keys(arrays)
     target = Path(folder).absolute()
     check_name("save_adapter", target)
     _writable(target)
@@ -87,7 +88,7 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     with writing("save_adapter", f"'{target}' can't be written to; what was saved there before is whole.", fix):
         _replace(target / SAVING, json.dumps({"arrays": [*sorted(replaced), name]}))
         with _checkpointer() as checkpointer:
-            checkpointer.save(target / name, _nest(arrays))
+            checkpointer.save(target / name, _nest({keys[path]: array for path, array in arrays.items()}))
         _sync(target / name)
         metadata = {
             "format": FORMAT,
@@ -349,8 +350,13 @@ def _sample(leaf: Any) -> str | None:
 
 
 def write_digests(folder: Path, names: Iterable[str]) -> None:
-    """Writes the digests of files in a folder into its files.json, in place of those before."""
-    content = {"files": {name: _sha256((folder / name).read_bytes()) for name in names}}
+    """Adds the digests of files in a folder to its files.json.
+
+    Those that are there stay: a file that was damaged since they were written is still found.
+    """
+    before = _read_digests(folder) or {}
+    new = {name: _sha256((folder / name).read_bytes()) for name in names if name not in before}
+    content = {"files": before | new}
     beside = folder / f"{DIGESTS}.tmp"
     beside.write_text(json.dumps(content | {"sha256": digest_json(content)}, indent=1))
     beside.replace(folder / DIGESTS)
@@ -361,19 +367,24 @@ def find_damage(folder: Path) -> dict[str, str]:
 
     Empty where all of them are whole, and where the folder has no files.json, as before jlora wrote one.
     """
-    record = folder / DIGESTS
-    if not record.exists():
+    if not (folder / DIGESTS).exists():
         return {}
-    try:
-        content = json.loads(record.read_bytes())
-        seal = content.pop("sha256")
-        files = {name: (digest, file_digest(folder / name)) for name, digest in content["files"].items()}
-        whole = seal == digest_json(content)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        whole = False
-    if not whole:
+    digests = _read_digests(folder)
+    if digests is None:
         return {DIGESTS: "changed"}
-    return {name: "changed" if now else "missing" for name, (digest, now) in files.items() if now != digest}
+    found = {name: file_digest(folder / name) for name in digests}
+    return {name: "changed" if found[name] else "missing" for name in digests if found[name] != digests[name]}
+
+
+def _read_digests(folder: Path) -> dict[str, str] | None:
+    """The digests in a folder's files.json by file; None where it is missing or damaged."""
+    try:
+        content = json.loads((folder / DIGESTS).read_bytes())
+        seal = content.pop("sha256")
+        whole = seal == digest_json(content)
+        return dict(content["files"]) if whole else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
 
 
 def _version(library: str) -> str | None:
@@ -386,6 +397,24 @@ def _version(library: str) -> str | None:
 def digest_json(metadata: Mapping[str, Any]) -> str:
     """A digest of a JSON object, whatever the order of its keys."""
     return _sha256(json.dumps(metadata, sort_keys=True).encode())
+
+
+def _stored_keys(paths: Iterable[TreePath]) -> dict[TreePath, TreePath]:
+    """The path under which Orbax stores each array: its own, unless Orbax would take two of them for one.
+
+    It joins the names in a path with dots, and finds no array inside another one: "a.b" beside "a" -> "b", or "a"
+    beside "a/b". All paths are then single names without dots and slashes.
+    """
+    own = {path: path for path in paths}
+    names = {path.replace("/", ".") for path in own}
+    if len(names) == len(own) and not any(above in own for path in own for above in _parents(path)):
+        return own
+    return {path: path.replace("%", "%25").replace(".", "%2E").replace("/", "%2F") for path in own}
+
+
+def _parents(path: TreePath) -> list[TreePath]:
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts))]
 
 
 def _nest(flat: Mapping[TreePath, Any]) -> dict[str, Any]:
@@ -522,6 +551,8 @@ def _check_base(base: Mapping[TreePath, Any], metadata: Mapping[str, Any]) -> No
         more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         problem = f"this is not the base the adapter was trained on: {differ}."
         fix = "pass the base the adapter was trained on, with the same weights and dtype."
+        if saved.keys() > found.keys() and len(wrong) == len(saved.keys() - found.keys()):
+            fix = "add these leaves to base_params: jlora.unwrap of the tree that was saved has them."
         raise _refuse(problem, fix, wrong[:SHOWN] + more)
 
 
@@ -546,11 +577,13 @@ def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[TreePath, np
     if damaged:
         raise _refuse(f"{count(len(damaged), 'file')} in '{folder}' damaged or missing.", again, damaged)
     leaves = metadata["leaves"]
+    keys = _stored_keys(leaves)
     # As numpy: the sharding is the base's, whatever it was when saved.
-    wanted = _nest({path: ocp.RestoreArgs(restore_type=np.ndarray) for path in leaves})
+    wanted = _nest({key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys.values()})
     try:
         with _checkpointer() as checkpointer:
-            arrays = flatten(checkpointer.restore(folder, restore_args=wanted))
+            stored = flatten(checkpointer.restore(folder, restore_args=wanted))
+            arrays = {path: stored[key] for path, key in keys.items()}
     except Exception as error:  # each library that takes part in reading has errors of another kind
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise _refuse(f"the arrays in '{folder}' can't be read.", again, [reason]) from error

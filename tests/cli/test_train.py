@@ -322,6 +322,31 @@ def test_tokens_are_classified_and_judged_by_their_entities(model, tmp_path, cap
     )
 
 
+def test_predict_says_what_max_length_left_out(model, tmp_path, capsys):
+    tags = tiny_job.make_other_job(tmp_path / "tags", model, "token_classification")
+    classes = tiny_job.make_job(tmp_path / "classes", model)
+    short = ["--optimisation.steps", "1", "--data.max-length", "6"]
+    for toml in (tags, classes):
+        assert main(["train", str(toml), *short]) == 0
+    capsys.readouterr()
+    # Two of the six tokens are special.
+    fits, long = "where is my courier", "where is my courier money please"
+    where = "beyond data.max_length = 6 tokens"
+    for toml, note in (
+        (tags, f"2 words are not tagged, {where}"),
+        (classes, f"the rest of the text is not read, {where}"),
+    ):
+        run = str(toml.parent / "run")
+        assert main(["predict", run, fits, long, "--json"]) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert ["note" in line for line in found] == [False, True] and found[1]["note"] == note
+        assert main(["predict", run, fits, long]) == 0
+        text = capsys.readouterr().out
+        assert text.count("beyond") == 1 and text.endswith(f"\n  ({note})\n")
+    assert main(["predict", str(tags.parent / "run"), f"{fits} please"]) == 0
+    assert f"(1 word is not tagged, {where})" in capsys.readouterr().out
+
+
 def test_a_language_model_learns_texts_and_goes_on_with_one(llama, tmp_path, capsys):
     run, answer, shown = trained(tmp_path / "job", llama, "causal_lm", capsys, "--model.scan", "--output.tensorboard")
     result = json.loads((run / "result.json").read_text())

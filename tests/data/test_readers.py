@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -130,6 +131,20 @@ def test_quoted_cells_between_tabs_go_over_lines_and_hold_tabs(write, tmp_path):
     assert bare(read_records(tmp_path / "a.tsv", "sequence_classification")) == [Labelled(*row) for row in rows]
     # With one column the length of a row says nothing.
     assert bare(read_records(write(b__tsv='text\n"a\nb"\nc\n')["b"], "causal_lm")) == [Text("a\nb"), Text("c")]
+
+
+def test_a_gzip_file_that_would_fill_the_memory_is_refused(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    block = gzip.compress(b'{"text": "' + bytes(1 << 24))
+    path.write_bytes(block * 64)  # 1 GiB in 1 MB
+    tracemalloc.start()
+    try:
+        text = problem(read_records, path, "causal_lm")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert "\n  bomb.jsonl.gz  the gzip data become more than 200 times as large\nFix: " in text
+    assert most < 1 << 27
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".txt", ".conll"])

@@ -182,6 +182,29 @@ def test_answers_stop_at_the_end_of_a_turn_in_predict_and_generate(turns, tmp_pa
     assert capsys.readouterr().out.split() == ["ask", "parcel"]
 
 
+@pytest.mark.parametrize("stored", [None, {"eos_token_id": [2, 3], "max_length": 50}, {"do_sample": True}])
+def test_transformers_stops_at_the_end_of_a_turn_of_a_merged_run(turns, stored, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the oracle, and is not installed")
+    torch = pytest.importorskip("torch", reason="torch is the oracle, and is not installed")
+    model, run = shutil.copytree(turns[0], tmp_path / "model"), turns[1]
+    if stored is not None:
+        (model / "generation_config.json").write_text(json.dumps(stored))
+    assert main(["merge", str(run), "--out", str(tmp_path / "merged"), "--model", str(model)]) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    found = merged.generation_config
+    assert set(found.eos_token_id) == {2, end} | ({3} if stored and "max_length" in stored else set())
+    assert found.bos_token_id == (None if stored else 1) and bool(found.do_sample) == ("do_sample" in (stored or {}))
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "where is my courier"}], tokenize=False, add_generation_prompt=True
+    )
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        new = merged.generate(ids, do_sample=False, max_new_tokens=10, pad_token_id=0)[0, ids.shape[1] :]
+    assert tokenizer.decode(new).split() == ["ask", "parcel", "<end_of_turn>"]
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_stop_tokens_are_those_of_all_places(turns, tmp_path, chat):
     folder = shutil.copytree(turns[0], tmp_path / "model")

@@ -630,8 +630,9 @@ def test_what_the_format_can_not_express_is_refused_with_every_reason(own, bases
         save_peft(tmp_path, loaded.model, fill(params))
     save_peft(tmp_path / "no task", loaded.model, fill(params), task_type=None)
     pooled = load_model(bases("bert")[1], pooling="mean")
-    with pytest.raises(ValueError, match=r"the classifier reads pooling='mean'"):
-        save_peft(tmp_path, pooled.model, jlora.wrap(pooled.params, targets=["query"]))
+    with pytest.raises(ValueError, match=r"task_type is 'SEQ_CLS', but the classifier reads pooling='mean'"):
+        save_peft(tmp_path / "pooled", pooled.model, jlora.wrap(pooled.params, targets=["query"]), task_type="SEQ_CLS")
+    assert not (tmp_path / "pooled").exists()
 
     _, tree, layout = own
     tree = fill(jlora.wrap(tree, rank=2, targets=r"(?!table).*/(kernel|w)", layout=layout))

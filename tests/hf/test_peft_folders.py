@@ -298,7 +298,8 @@ def test_an_adapter_of_a_resized_base_names_the_option_that_loads_it(bases, tmp_
     text = str(error.value)
     assert "'model.embed_tokens.weight' has shape (64, 32), the model (60, 32)" in text
     assert text.endswith(
-        "\nFix: load the base with as many tokens as the adapter's had: load_model(..., vocab_size=64)."
+        "\nFix: load the base with as many tokens as the adapter's had: load_model(..., vocab_size=64), or with "
+        "--vocab-size 64 on the command line (jlora train: --model.vocab-size 64)."
     )
     loaded = load_model(folder, vocab_size=64)
     params = load_peft(tmp_path, loaded.model, loaded.params)

@@ -205,3 +205,40 @@ def test_a_run_keeps_its_tokenizer_when_the_bases_changes(folder, tmp_path):
     assert load_run(run).task.loaded.tokenizer.chat_template == tiny_job.CHAT
     assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tiny_job.CHAT
+
+
+def test_a_run_is_resumed_with_its_own_tokenizer(folder, tmp_path, capsys):
+    toml = tiny_job.make_other_job(tmp_path / "job", folder, "instruction")
+    argv = ["train", str(toml), "--optimisation.steps", "2"]
+    assert main(argv) == 0
+    run = tmp_path / "job" / "run"
+    result, history = json.loads((run / "result.json").read_text()), (run / "metrics.jsonl").read_bytes()
+    (run / "result.json").unlink()
+    (folder / "chat_template.jinja").write_text(OTHER)
+    # With the base's template, the rows would be others, and the run refused.
+    assert main(argv) == 0
+    assert "Going on after step 2" in capsys.readouterr().out
+    again = json.loads((run / "result.json").read_text())
+    assert (again["before"], again["after"]) == (result["before"], result["after"])
+    assert (run / "metrics.jsonl").read_bytes() == history
+
+
+@pytest.mark.parametrize("form", ["run", "whole", "template", "nothing"])
+def test_training_from_an_adapter_takes_its_tokenizer_along(form, llama, adapters, folder, tmp_path):
+    toml = tiny_job.make_other_job(tmp_path / "job", folder, "instruction")
+    tiny_job.change(toml, "rank = 4", "rank = 2")
+    argv = ["train", str(toml), "--optimisation.steps", "1"]
+    start, own = tmp_path / "start", tiny_job.CHAT + "{# the adapter's #}"
+    if form == "run":
+        shutil.copytree(folder, tmp_path / "model with its template")
+        (tmp_path / "model with its template" / "chat_template.jinja").write_text(own)
+        named = ["--model.name", str(tmp_path / "model with its template"), "--output.folder", str(start)]
+        assert main([*argv, *named]) == 0
+    else:
+        shutil.copytree(adapters / f"peft-{form}", start)
+        if form != "nothing":
+            (start / "chat_template.jinja").write_text(own)
+    expected = tiny_job.CHAT if form == "nothing" else own
+    assert main([*argv, "--adapter.from", str(start), "--output.folder", str(tmp_path / "next")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "next" / "tokenizer").chat_template == expected
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tiny_job.CHAT

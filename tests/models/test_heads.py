@@ -15,6 +15,7 @@ from jlora.hf.load import load_model, save_model
 from jlora.hf.peft import load_peft, save_peft
 from jlora.runs import folder as runs
 from jlora.runs.inspection import load_adapted
+from jlora.training.checkpoint import restore_adapter, save_adapter
 from jlora.tree.paths import flatten
 from jlora.tree.wrapping import is_wrapped
 
@@ -319,6 +320,32 @@ def test_an_adapter_on_a_pooler_that_no_output_reads_is_kept_and_written_back(tm
     check(peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "exported"))
     assert main(["merge", str(tmp_path / "adapter"), "--out", str(tmp_path / "whole"), *named]) == 0
     check(transformers.AutoModel.from_pretrained(tmp_path / "whole"))
+
+
+def test_a_tree_with_a_pooler_that_no_output_reads_goes_through_save_adapter(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    base = transformers.BertModel(transformers.BertConfig(vocab_size=VOCAB, **sizes)).eval()
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    adapted.save_pretrained(tmp_path / "peft")
+    loaded = load_model(tmp_path / "base")
+    params = load_peft(tmp_path / "peft", loaded.model, loaded.params)
+    save_adapter(tmp_path / "own", params, model=loaded.model)
+    again = flatten(restore_adapter(tmp_path / "own", jlora.unwrap(params), model=loaded.model))
+    assert again.keys() == flatten(params).keys()
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(again[path], leaf, err_msg=path)
+    # The commands find the pooler in the base's folder.
+    argv = [str(tmp_path / "own"), "--out", str(tmp_path / "merged"), "--model", str(tmp_path / "base")]
+    assert main(["merge", *argv]) == 0
+    merged = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor(texts()[0])
+    with torch.no_grad():
+        found, expected = merged(ids), adapted(ids)
+    np.testing.assert_allclose(found.last_hidden_state, expected.last_hidden_state, atol=TOLERANCE)
+    np.testing.assert_allclose(found.pooler_output, expected.pooler_output, atol=TOLERANCE)
 
 
 def test_inspect_lists_the_adapter_of_a_pooler_that_no_output_reads(tmp_path, capsys):

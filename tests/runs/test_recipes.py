@@ -553,6 +553,18 @@ def test_a_byte_that_was_flipped_is_found_before_an_unfinished_run_is_resumed(jo
     assert runs.check_folder(config) is True
 
 
+@pytest.mark.parametrize("name", ["config.toml", "labels.json"])
+def test_the_end_of_a_run_does_not_take_damage_for_what_was_written(name, jobs, tmp_path):
+    job = jobs["sequence_classification"]
+    config = in_folder(job, tmp_path / "run")
+    runs.begin_run(config, sorted(tiny_job.TOPICS), {})
+    runs.save_best(tmp_path / "run", job.params, job.task)
+    flip(tmp_path / "run" / name, 1)
+    runs.write_result(tmp_path / "run", "{}\n")
+    with pytest.raises(ValueError, match=rf"1 file of the run .*\n  '{name}'  changed\nFix: put"):
+        runs.load_run(tmp_path / "run")
+
+
 def test_more_tokens_than_the_model_has_positions_is_an_error(jobs):
     long = settings(jobs["sequence_classification"].config, data={"max_length": 65})
     with pytest.raises(ValueError, match=r"max_length is 65, the model reads 64 tokens\.\nFix: set max_length to 64"):

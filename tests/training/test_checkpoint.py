@@ -26,7 +26,7 @@ from jlora.training.step import TrainState, make_train_step
 from jlora.transform.adapt import adapt
 from jlora.tree.paths import flatten, map_with_path
 from jlora.tree.splitting import join, split
-from jlora.tree.wrapping import wrap
+from jlora.tree.wrapping import unwrap, wrap
 
 CONTAINERS = {"dict": dict, "FrozenDict": core.freeze, "State": nnx.State}
 
@@ -467,6 +467,33 @@ def test_a_fully_trained_leaf_may_have_other_values_in_the_base_but_no_other_sha
     other["head"]["bias"] = jnp.zeros(7)
     with pytest.raises(ValueError, match=r"'head/bias'  shape \[7\], was \[4\]"):
         restore_adapter(tmp_path, other)
+
+
+def test_leaves_that_the_base_lacks_are_those_of_the_unwrapped_tree(saved):
+    folder, base, params = saved
+    with pytest.raises(ValueError) as error:
+        restore_adapter(folder, {name: node for name, node in base.items() if name not in ("attention", "count")})
+    assert "5 leaves differ" in str(error.value) and "'count'  missing in this base" in str(error.value)
+    assert str(error.value).endswith(
+        "Fix: add these leaves to base_params: jlora.unwrap of the tree that was saved has them."
+    )
+    same(restore_adapter(folder, unwrap(params)), params)
+
+
+DRAW = lambda n: jnp.arange(12, dtype=jnp.float32).reshape(4, 3) + 100 * n
+ALIKE = {
+    "a leaf and a path through it": {"k": {"kernel": DRAW(1)}, "a": DRAW(2), "a/b": DRAW(3)},
+    "a dot and a level": {"a.b": {"kernel": DRAW(1)}, "a": {"b": {"kernel": DRAW(2)}, "b.kernel": DRAW(3)}},
+    "dots alone": {"a.b": {"kernel": DRAW(1)}, "a.b.kernel": DRAW(2), "a%2Eb": {"kernel": DRAW(3)}},
+    "an escape": {"a.b": {"kernel": DRAW(1)}, "a": {"b": {"kernel": DRAW(2)}}, "a%2Eb": {"kernel": DRAW(3)}},
+}
+
+
+@pytest.mark.parametrize("base", ALIKE.values(), ids=ALIKE)
+def test_arrays_whose_paths_look_alike_are_kept_apart(base, tmp_path):
+    params = wrap(base, 2, targets=".*kernel")
+    save_adapter(tmp_path / "adapter", params, train=".*")
+    same(restore_adapter(tmp_path / "adapter", jax.tree.map(jnp.zeros_like, base)), params)
 
 
 def test_a_wrapped_base_and_a_tree_without_adapters_are_errors(saved, tmp_path):
