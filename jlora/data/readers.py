@@ -1003,12 +1003,7 @@ def is_learned(message: Message) -> bool:
 def _message(name: str, found: Any) -> Message:
     # Many writers give every message all keys, and a blank value where a message has nothing to say.
     given = {key: value for key, value in found.items() if not _is_blank(value)} if isinstance(found, dict) else {}
-    if "from" in given and "role" not in given:
-        # ShareGPT's names of the keys and of who speaks.
-        spoken = str(given.pop("from"))
-        given |= {"role": SHAREGPT_ROLES.get(spoken, spoken)} | (
-            {"content": given.pop("value")} if "value" in given else {}
-        )
+    given = _from_sharegpt(given)
     if "role" not in given or not {"content", "value", "tool_calls"} & set(found):
         raise ValueError(f"{name!r} is {_brief(found)}, expected an object with 'role' and 'content'")
     role = given["role"]
@@ -1029,13 +1024,27 @@ def _message(name: str, found: Any) -> Message:
     for key in ("reasoning_content", "tool_call_id", "name"):
         if key in given:
             message[key] = _string(f"{name}.{key}", given[key])
-    weight = given.get("weight")
+    if _weight(name, given) == 0 and role == "assistant":
+        message["weight"] = 0
+    return message
+
+
+def _from_sharegpt(given: dict[str, Any]) -> dict[str, Any]:
+    """A message with the keys `from` and `value` of ShareGPT under the names `role` and `content`."""
+    if "from" not in given or "role" in given:
+        return given
+    names = {"from": "role", "value": "content"}
+    spoken = str(given["from"])
+    return {names.get(key, key): value for key, value in given.items()} | {"role": SHAREGPT_ROLES.get(spoken, spoken)}
+
+
+def _weight(name: str, given: dict[str, Any]) -> Any:
+    """The weight of a message in the loss, None where it has none."""
+    weight, role = given.get("weight"), given["role"]
     if weight not in (None, 0, 1) or (weight == 1 and role != "assistant"):
         expected = "0 or 1" if role == "assistant" else "0: only the assistant's messages count in the loss"
         raise ValueError(f"{name!r} has weight {_brief(weight)}, expected {expected}")
-    if weight == 0 and role == "assistant":
-        message["weight"] = 0
-    return message
+    return weight
 
 
 def _content_text(name: str, found: Any) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -725,28 +725,35 @@ def save_model(
             sentence_transformers.write_modules(stage, model.pooling, sentence_transformers.Classifier(kernel, bias))
             table = [weight for weight in table if module(weight.path) != model.label_module]
         files = write_tensors(stage, table, flat, max_shard_size)
-        content = json.loads(model.origin.config)
-        dtypes = {leaf.dtype.name for leaf in flat.values()}
-        content.pop("torch_dtype", None)
-        content["vocab_size"] = model.config.vocab_size
-        if {name for weight in table for name in weight.tensors} >= family.copies.keys():
-            content["tie_word_embeddings"] = False
-        content |= {
-            "architectures": [architecture(family, model)],
-            "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
-        }
+        content = config_content(model, family, table, {leaf.dtype.name for leaf in flat.values()})
         (stage / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         if model.origin.generation is not None:
             (stage / GENERATION).write_text(model.origin.generation, encoding="utf-8")
         if tokenizer is not None:
             tokenizer_files = write_tokenizer(stage, tokenizer)
+    delete_earlier(folder, model, keep=files)
+    if tokenizer is not None:
+        delete_tokenizer(folder, keep=tokenizer_files)
+
+
+def config_content(model: nn.Module, family: Family, table: Sequence[Weight], dtypes: Set[str]) -> dict[str, Any]:
+    """The config.json of a model whose tensors are in `table` and have these dtypes."""
+    content = json.loads(model.origin.config)
+    content.pop("torch_dtype", None)
+    content["vocab_size"] = model.config.vocab_size
+    if {name for weight in table for name in weight.tensors} >= family.copies.keys():
+        content["tie_word_embeddings"] = False
+    (dtype,) = dtypes if len(dtypes) == 1 else ("float32",)
+    return content | {"architectures": [architecture(family, model)], "dtype": dtype}
+
+
+def delete_earlier(folder: Path, model: nn.Module, *, keep: Iterable[str]) -> None:
+    """Deletes the files that an earlier model left in the folder and that would change how this one is read."""
     for file in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        if file.name not in files:
+        if file.name not in keep:
             file.unlink(missing_ok=True)
     if model.origin.generation is None:
         (folder / GENERATION).unlink(missing_ok=True)
-    if tokenizer is not None:
-        delete_tokenizer(folder, keep=tokenizer_files)
     if model.head_type is not None and not model.pools_apart:
         # An earlier model's: it would say that this one is pooled.
         (folder / sentence_transformers.MODULES).unlink(missing_ok=True)

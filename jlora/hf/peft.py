@@ -529,18 +529,22 @@ def unsaveable(
         offenders.append("every A and B is zero")
     if not 0 <= dropout < 1:
         offenders.append(f"dropout={dropout}: must be from 0 to below 1")
-    if target == "vllm":
-        offenders += [
-            f"{module!r} is trained in full, and vLLM takes no modules_to_save" for module in [*saved, *whole.bases]
-        ]
-        if whole.bias != "none":
-            offenders.append(f"biases are trained (bias={whole.bias!r}), and vLLM takes none")
-        slots = {module: slot for module, (slot, _, _) in table.modules.items() if module in adapters}
-        for module, slot in slots.items():
-            if slot.kind in ("conv", "embedding"):
-                offenders.append(f"{module!r} is an adapted {slot.kind}, and vLLM adapts projections only")
-            elif module.rpartition(".")[2] == "lm_head":
-                offenders.append(f"{module!r} is an adapted output head, which vLLM takes for few models")
+    return offenders + (unsaveable_for_vllm(table, adapters, whole) if target == "vllm" else [])
+
+
+def unsaveable_for_vllm(table: Table, adapters: Mapping[str, Adapter], whole: Trained) -> list[str]:
+    """What PEFT's format can express and vLLM does not read."""
+    offenders = [
+        f"{module!r} is trained in full, and vLLM takes no modules_to_save" for module in [*whole.modules, *whole.bases]
+    ]
+    if whole.bias != "none":
+        offenders.append(f"biases are trained (bias={whole.bias!r}), and vLLM takes none")
+    slots = {module: slot for module, (slot, _, _) in table.modules.items() if module in adapters}
+    for module, slot in slots.items():
+        if slot.kind in ("conv", "embedding"):
+            offenders.append(f"{module!r} is an adapted {slot.kind}, and vLLM adapts projections only")
+        elif module.rpartition(".")[2] == "lm_head":
+            offenders.append(f"{module!r} is an adapted output head, which vLLM takes for few models")
     return offenders
 
 

@@ -94,35 +94,47 @@ def check_packages(folder: Path) -> None:
 
 def find_damage(folder: Path, config: Any) -> Iterator[str]:
     """What keeps a tokenizer from being read: damaged files first, else fields."""
-    from tokenizers import Tokenizer
+    damaged = [*find_damaged_json(folder), *find_damaged_templates(folder)] or find_damaged_vocabulary(folder)
+    yield from damaged
+    if not damaged:
+        for name in SETTINGS:
+            if (folder / name).is_file():
+                yield from (f"{name}: {field}" for field in find_fields(folder, name, config))
 
-    damaged = False
+
+def find_damaged_json(folder: Path) -> Iterator[str]:
+    """The files of a tokenizer that are not JSON."""
     for name in ("tokenizer.json", "vocab.json", *SETTINGS):
         if (folder / name).is_file():
             try:
                 parse_json(folder / name)
             except ValueError as error:
-                damaged = True
                 yield f"{name}: {error}"
+
+
+def find_damaged_templates(folder: Path) -> Iterator[str]:
+    """The chat templates that are not text."""
     for file in [folder / TEMPLATE, *sorted((folder / TEMPLATES).glob("*.jinja"))]:
         try:
             file.read_text(encoding="utf-8")
         except FileNotFoundError:
             pass
         except UnicodeDecodeError as error:
-            damaged = True
             yield f"{file.relative_to(folder)}: it is not text in UTF-8 (byte {error.start})"
-    if not damaged and (folder / "tokenizer.json").is_file():
-        try:
-            with panics_raised():
-                Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(["a", "b c"])
-        except Exception as error:
-            damaged = True
-            yield f"tokenizer.json: {' '.join(str(error).split())}"
-    if not damaged:
-        for name in SETTINGS:
-            if (folder / name).is_file():
-                yield from (f"{name}: {field}" for field in find_fields(folder, name, config))
+
+
+def find_damaged_vocabulary(folder: Path) -> list[str]:
+    """The reason why a tokenizer.json is not a tokenizer, if it is not."""
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return []
+    try:
+        with panics_raised():
+            Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(["a", "b c"])
+    except Exception as error:
+        return [f"tokenizer.json: {' '.join(str(error).split())}"]
+    return []
 
 
 def find_fields(folder: Path, name: str, config: Any) -> list[str]:
