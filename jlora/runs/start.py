@@ -81,7 +81,7 @@ def _load(folder: Path, loaded: LoadedModel, labels: tuple[str, ...]) -> Tree:
             offenders = [f"there: {', '.join(earlier) or 'none'}", f"in the data: {', '.join(labels) or 'none'}"]
             problem = f"the labels of {folder} are not those of the data."
             raise JloraValueError("train", problem, offenders, "use data with the same labels.")
-    return restore_adapter(folder / ADAPTER if kind == "run" else folder, loaded.params)
+    return restore_adapter(folder / ADAPTER if kind == "run" else folder, loaded.params, model=loaded.model)
 
 
 def _misfits(new: Mapping[TreePath, Any], found: Mapping[TreePath, Any]) -> list[str]:

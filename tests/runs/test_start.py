@@ -91,6 +91,17 @@ def test_an_adapter_that_the_config_does_not_describe_is_refused(trained, tmp_pa
     assert "encoder/layer_0/attention/self/query/kernel" in mistake(capsys, language, run / "adapter")
 
 
+def test_an_adapter_of_a_base_that_computed_something_else_is_refused(trained, tmp_path, capsys):
+    toml = trained["language"]
+    base = shutil.copytree(toml.parents[1] / "llama", tmp_path / "llama")
+    content = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 1e-3}))
+    run = toml.parent / "run"
+    for start in (run, run / "adapter"):
+        text = mistake(capsys, toml, start, "--model.name", str(base))
+        assert "this is not the model the adapter was trained on" in text and "was 1e-05\n" in text
+
+
 def test_an_adapter_of_other_labels_is_refused(trained, tmp_path, capsys):
     toml = trained["classifier"]
     run = shutil.copytree(toml.parent / "run", tmp_path / "run")
