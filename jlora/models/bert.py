@@ -2,7 +2,7 @@
 
 Modules are named as in the Hugging Face checkpoint (`encoder/layer_0/attention/self/query/kernel` for
 `bert.encoder.layer.0.attention.self.query.weight`), every projection is a two-axis kernel `(in, out)`, and
-there is no dropout: the base is frozen in fine-tuning, and adapters have their own.
+there is no dropout: the base is frozen in fine-tuning, and adapters have separate dropout.
 
 Source:
     Devlin et al. 2018, "BERT" (arXiv:1810.04805).
@@ -39,26 +39,26 @@ SWITCHES = ("param_dtype", "scan", "remat")
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """The values of a Hugging Face BERT config that shape the computation, under their names there, and switches.
+    """The values of a Hugging Face BERT config that the computation depends on, with their names there, and switches.
 
     Args:
         vocab_size: tokens in the vocabulary.
         hidden_size: width of the residual stream.
-        num_hidden_layers: encoder layers.
-        num_attention_heads: attention heads.
+        num_hidden_layers: number of encoder layers.
+        num_attention_heads: number of attention heads.
         intermediate_size: width inside the feed-forward pair.
-        hidden_act: its activation.
-        max_position_embeddings: the most tokens that a row may have.
-        type_vocab_size: token types.
+        hidden_act: activation function of the feed-forward pair.
+        max_position_embeddings: the largest number of tokens of a row.
+        type_vocab_size: number of token types.
         layer_norm_eps: epsilon of every LayerNorm.
-        initializer_range: standard deviation of fresh kernels and tables.
-        tie_word_embeddings: what the masked-LM head multiplies by is the table of words, transposed.
-        param_dtype: what `init` makes the parameters in.
-        scan: one compiled layer for all, parameters stacked on axis 0 under `encoder/layer`.
+        initializer_range: standard deviation of new kernels and tables.
+        tie_word_embeddings: the masked-LM head multiplies by the table of word embeddings, transposed.
+        param_dtype: dtype of the parameters that `init` creates.
+        scan: compile one layer for all, with parameters stacked on axis 0 under `encoder/layer`.
         remat: recompute each layer in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: values that make no BERT, listed together.
+        ValueError: the values don't define a BERT; all are listed.
     """
 
     vocab_size: int = 30522
@@ -82,9 +82,9 @@ class BertConfig:
             offenders.append(f"hidden_act is {self.hidden_act!r}, known: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_attention_heads:
             heads = self.num_attention_heads
-            offenders.append(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+            offenders.append(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {heads}")
         if offenders:
-            problem = "values that make no BERT."
+            problem = "the values don't define a BERT."
             raise JloraValueError("BertConfig", problem, offenders, "correct the config.")
 
     @classmethod
@@ -96,23 +96,26 @@ class BertConfig:
             switches: param_dtype, scan, remat.
 
         Raises:
-            ValueError: a value asks for what this model does not compute.
+            ValueError: the config has settings that this model does not support; all are listed.
         """
         required = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
         offenders = [
-            f"{name} is {getattr(config, name)!r}, only {value!r} is computed here"
+            f"{name} is {getattr(config, name)!r}, only {value!r} is supported"
             for name, value in required.items()
             if getattr(config, name, value) != value
         ]
         if offenders:
-            problem, fix = "the config asks for another model.", "use a checkpoint of a plain BERT encoder."
+            problem, fix = (
+                "the config has settings that are not supported.",
+                "use a checkpoint of a plain BERT encoder.",
+            )
             raise JloraValueError("BertConfig", problem, offenders, fix)
         names = [field.name for field in fields(cls) if field.name not in SWITCHES]
         return cls(**{name: getattr(config, name) for name in names}, **switches)
 
 
 class Embedding(nn.Module):
-    """A table whose rows are cast after they are gathered, so the table itself is never copied."""
+    """A table whose rows are cast after they are gathered, so that no copy of the table is made."""
 
     rows: int
     config: BertConfig
@@ -126,7 +129,7 @@ class Embedding(nn.Module):
         return jnp.take(self.embedding, ids, axis=0).astype(self.dtype)
 
     def attend(self, hidden: Float[Array, "*batch hidden"]) -> Float[Array, "*batch rows"]:
-        """Every row's product with the hidden states: the table as an output head."""
+        """The product of the hidden states with every row: the table as an output head."""
         return hidden @ self.embedding.astype(self.dtype).T
 
 
@@ -141,7 +144,7 @@ def norm(config: BertConfig, dtype: DTypeLike, name: str | None = None) -> nn.La
 
 
 class Embeddings(nn.Module):
-    """The sum of word, position and token type embeddings, normalised."""
+    """The sum of word, position and token type embeddings, normalized."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -158,7 +161,7 @@ class Embeddings(nn.Module):
     ) -> Float[Array, "batch time hidden"]:
         time, positions = input_ids.shape[1], self.config.max_position_embeddings
         if time > positions:
-            problem = f"{time} tokens, but there are positions for {positions}."
+            problem = f"the input has {time} tokens, but the model has {positions} positions."
             raise JloraValueError("Bert", problem, (), "truncate the input.")
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         word, position = self.word_embeddings(input_ids), self.position_embeddings(jnp.arange(time))
@@ -184,7 +187,7 @@ class SelfAttention(nn.Module):
 
 
 class Output(nn.Module):
-    """A projection back to the residual stream, normalised after the sum."""
+    """A projection back to the residual stream, normalized after the sum."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -212,7 +215,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """The wide half of the feed-forward pair."""
+    """The first, wider layer of the feed-forward pair."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -262,7 +265,7 @@ class Encoder(nn.Module):
 def mean_pool(
     hidden: Float[Array, "batch time hidden"], attention_mask: Int[Array, "batch time"] | None = None
 ) -> Float[Array, "batch hidden"]:
-    """The mean over the tokens that the mask keeps, as sentence-transformers' Pooling."""
+    """The mean over the tokens whose mask is not 0, as in sentence-transformers' Pooling."""
     if attention_mask is None:
         return hidden.mean(1)
     mask = attention_mask.astype(hidden.dtype)[..., None]
@@ -270,7 +273,7 @@ def mean_pool(
 
 
 class Pooler(nn.Module):
-    """The first token, projected."""
+    """The first token through a projection and tanh."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -281,7 +284,7 @@ class Pooler(nn.Module):
 
 
 class Transform(nn.Module):
-    """What the masked-LM head does to hidden states before the vocabulary."""
+    """The part of the masked-LM head before the projection to the vocabulary."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -293,7 +296,7 @@ class Transform(nn.Module):
 
 
 class Predictions(nn.Module):
-    """Logits over the vocabulary, by the table of words or, where that is not tied, by a projection of its own."""
+    """Logits over the vocabulary, from the table of word embeddings or, if untied, from a separate projection."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -311,7 +314,7 @@ class Predictions(nn.Module):
 
 
 class MaskedLm(nn.Module):
-    """The masked-LM head, one module deeper as in the checkpoint."""
+    """The masked-LM head, nested one module deeper, as in the checkpoint."""
 
     config: BertConfig
     dtype: DTypeLike
@@ -326,23 +329,23 @@ class MaskedLm(nn.Module):
 
 
 class Bert(nn.Module):
-    """BERT with the head that is asked for.
+    """BERT with one of its heads, or without a head.
 
         logits = model.apply({"params": params}, input_ids, attention_mask, token_type_ids)
 
     Args:
-        config: the sizes.
-        head: "classification" gives logits (batch, labels); "token_classification" (batch, time, labels); "masked_lm"
-            (batch, time, vocab); None gives hidden states (batch, time, hidden).
-        pooling: what classification reads: "pooler" (the first token through a projection and tanh, as
-            BertForSequenceClassification), "mean" (over the attention mask, as sentence-transformers) or
-            "cls" (the first token as it is).
-        num_labels: how many labels the classifier has.
-        dtype: what is computed in, whatever the parameters are stored in.
-        origin: the checkpoint it comes from, None for a model made by hand.
+        config: the sizes of the model.
+        head: "classification" returns logits (batch, labels); "token_classification" (batch, time, labels); "masked_lm"
+            (batch, time, vocab); None returns hidden states (batch, time, hidden).
+        pooling: the input of sequence classification: "pooler" (the first token through a projection and tanh, as in
+            BertForSequenceClassification), "mean" (over the attention mask, as in sentence-transformers) or "cls" (the
+            first token without a projection).
+        num_labels: number of labels of a classification head.
+        dtype: dtype of the computation, independent of the dtype of the parameters.
+        origin: the checkpoint of the model, None for a model that is not from a checkpoint.
 
     Raises:
-        ValueError: an unknown head or pooling, or more tokens than positions.
+        ValueError: the head or the pooling is unknown, or there are more tokens than positions.
     """
 
     config: BertConfig
@@ -361,22 +364,22 @@ class Bert(nn.Module):
 
     @property
     def head_type(self) -> str | None:
-        """The head, under the name that all models have it by."""
+        """The head, with the name of the attribute that all models have."""
         return self.head
 
     @property
     def label_module(self) -> str:
-        """The module whose outputs are the labels' logits."""
+        """The name of the module that computes the logits of the labels."""
         return "classifier"
 
     @property
     def pools_apart(self) -> bool:
-        """Whether a classifier reads states that are pooled outside of torch's model, as in sentence-transformers."""
+        """Whether a classifier reads states that are pooled outside of the torch model, as in sentence-transformers."""
         return self.head == "classification" and self.pooling != "pooler"
 
     @property
     def lora_layout(self) -> dict[str, str] | None:
-        """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
+        """The `layout` argument of `wrap`: kernels of scanned layers are stacked."""
         return {r"(?P<stack>encoder/layer)/.*/kernel": "sio"} if self.config.scan else None
 
     def __post_init__(self):
@@ -410,7 +413,7 @@ class Bert(nn.Module):
     def pool(
         self, hidden: Float[Array, "batch time hidden"], attention_mask: Int[Array, "batch time"] | None
     ) -> Float[Array, "batch hidden"]:
-        """What classification reads."""
+        """The input of sequence classification, one vector per row."""
         if self.pooling == "mean":
             return mean_pool(hidden, attention_mask)
         return self.pooler(hidden) if self.pooling == "pooler" else hidden[:, 0]
@@ -439,11 +442,11 @@ FAMILIES = {
         unread=(
             # Buffers of constants (0, 1, 2, ... and zeros) that older versions saved.
             r"bert\.embeddings\.(position|token_type)_ids",
-            # Belongs to the body in the file, but only classification from the pooler reads it.
+            # Part of the body in the file, but only classification with the pooler reads it.
             r"bert\.pooler\.dense\.(weight|bias)",
             # The next-sentence head of the original release.
             r"cls\.seq_relationship\.(weight|bias)",
-            # An untied head has another bias beside its decoder's, and adds that one only.
+            # The file of an untied head has this bias too, but the head adds only the bias of its decoder.
             r"cls\.predictions\.bias",
         ),
         unread_modules=("pooler",),

@@ -1,9 +1,9 @@
-"""Llama and its kin in Flax linen: one decoder, plain enough to be read by a transform, shaped by its config.
+"""Llama and similar models in Flax linen: one decoder module for all, with a config for their differences.
 
-Llama 2 and 3, Mistral, Qwen 2 and 3 and Gemma 1 to 3 differ in what `DecoderConfig` says and in nothing else. Module
+Llama 2 and 3, Mistral, Qwen 2 and 3 and Gemma 1 to 3 differ only in the values of their `DecoderConfig`. Module
 and parameter names are those of the Hugging Face checkpoint (`layers_0/self_attn/q_proj/kernel` for
 `model.layers.0.self_attn.q_proj.weight`), every projection is a two-axis kernel `(in, out)`, and the final hidden
-states are to be had apart from the logits, for a loss that never holds the logits of a whole batch.
+states are available without the logits, for a loss that never keeps the logits of a whole batch in memory.
 
 Source:
     Touvron et al. 2023, "Llama 2" (arXiv:2307.09288); Su et al. 2021, RoPE (arXiv:2104.09864);
@@ -34,7 +34,7 @@ from jlora.models.layers import (
     check_one_text_per_row,
     join_heads,
     last_tokens,
-    look,
+    make_attention_context,
     make_layers,
     run_layers,
     split_heads,
@@ -46,19 +46,19 @@ ROPES = ("default", "linear", "llama3")
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """The frequencies of rotary positions.
+    """Rotary position embeddings.
 
     Args:
-        theta: their base.
-        kind: "default"; "linear", all divided by `factor`; or "llama3", the long wavelengths divided, the short ones
-            left, those between blended.
-        factor: by how much.
-        low_freq_factor: wavelengths above original_length / low_freq_factor are divided in full.
-        high_freq_factor: those below original_length / high_freq_factor are left.
-        original_length: tokens the model was trained on before it was stretched.
+        theta: base of the frequencies.
+        kind: "default"; "linear", all frequencies are divided by `factor`; or "llama3", only the frequencies of long
+            wavelengths are divided, with a smooth transition.
+        factor: the divisor.
+        low_freq_factor: frequencies of wavelengths above original_length / low_freq_factor are divided.
+        high_freq_factor: frequencies of wavelengths below original_length / high_freq_factor stay the same.
+        original_length: context length in tokens before the model was extended.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
 
     Source:
         Chen et al. 2023, position interpolation (arXiv:2306.15595); Llama 3 (arXiv:2407.21783), section 3.
@@ -81,51 +81,51 @@ class Rope:
             frequency = frequency / self.factor
         elif self.kind == "llama3":
             turns = self.original_length * frequency / (2 * np.pi)
-            share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-            kept = np.clip(share, 0.0, 1.0)
-            frequency = kept * frequency + (1 - kept) * frequency / self.factor
+            fraction = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+            weight = np.clip(fraction, 0.0, 1.0)
+            frequency = weight * frequency + (1 - weight) * frequency / self.factor
         return frequency.astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The shape of a decoder, and how it is computed.
+    """The sizes and settings of a decoder.
 
     Args:
         vocab_size: tokens in the vocabulary.
         hidden_size: width of the residual stream.
         intermediate_size: width inside the gated MLP.
-        num_layers: decoder blocks.
-        num_heads: query heads; `hidden_size` must be a multiple unless `head_dim` is given.
-        num_kv_heads: key and value heads, `None` for as many as query heads.
+        num_layers: number of decoder blocks.
+        num_heads: number of query heads; `hidden_size` must be a multiple of it unless `head_dim` is given.
+        num_kv_heads: number of key and value heads, `None` for the number of query heads.
         head_dim: width of one head, `None` for `hidden_size / num_heads`.
-        rope: rotary positions.
-        local_rope: those of the sliding layers, where they differ.
+        rope: rotary position embeddings.
+        local_rope: rotary position embeddings of sliding layers, `None` if they are the same.
         norm_eps: epsilon of every RMSNorm.
         norm_offset: added to every norm's scale; 1 in Gemma, whose scales are stored around 0.
         tie_embeddings: the output head is the embedding table, transposed.
-        embedding_scale: what embeddings are multiplied by; sqrt(hidden_size) in Gemma.
-        activation: of the gate.
+        embedding_scale: factor of the embeddings; sqrt(hidden_size) in Gemma.
+        activation: activation function of the gate.
         qkv_bias: the query, key and value projections have biases.
-        output_bias: attention's output projection has one.
-        mlp_bias: the MLP's projections have them.
-        qk_norm: queries and keys are normed, head by head, before they are rotated.
-        post_norms: what attention and MLP give is normed too, before it is added.
-        sliding_window: how many tokens back a sliding layer sees, itself counted; `None` for all.
-        sliding_layers: which layers slide, one flag each; empty for all, where there is a window.
-        causal: a token sees no later one; False for an encoder such as EmbeddingGemma, where a sliding layer sees as
-            many tokens ahead as back, and which can't generate.
-        query_scale: what scores are multiplied by, `None` for 1 / sqrt(width of a head).
-        attention_softcap: bound of the scores, by tanh.
-        logit_softcap: bound of the logits over the vocabulary, by tanh.
-        initializer_range: standard deviation of a fresh classifier.
-        dtype: what the matmuls are computed in; norms, softmax and rotations use float32 at least.
-        param_dtype: what `init` makes the parameters in.
-        scan: one compiled block for all layers, parameters stacked on axis 0 under `layers`.
+        output_bias: the output projection of attention has a bias.
+        mlp_bias: the projections of the MLP have biases.
+        qk_norm: normalize queries and keys per head before the rotation.
+        post_norms: also normalize the outputs of attention and MLP before they are added.
+        sliding_window: number of tokens that a sliding layer attends to, the current one included; `None` for all.
+        sliding_layers: one flag per layer, True for a sliding layer; empty means all layers if there is a window.
+        causal: a token attends to no later token. False for an encoder such as EmbeddingGemma, which can't generate
+            and whose sliding layers attend to as many later tokens as earlier ones.
+        query_scale: factor of the scores, `None` for 1 / sqrt(width of a head).
+        attention_softcap: bound of the scores, applied with tanh.
+        logit_softcap: bound of the logits over the vocabulary, applied with tanh.
+        initializer_range: standard deviation of a new classification head.
+        dtype: dtype of the matmuls; norms, softmax and rotations use float32 at least.
+        param_dtype: dtype of the parameters that `init` creates.
+        scan: compile one block for all layers, with parameters stacked on axis 0 under `layers`.
         remat: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: sizes that do not fit, listed together; an unknown activation.
+        ValueError: sizes do not fit, all are listed; or the activation is unknown.
     """
 
     vocab_size: int
@@ -163,17 +163,17 @@ class DecoderConfig:
         check_choice("DecoderConfig", activation=(self.activation, tuple(ACTIVATIONS)))
         wrong = []
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            wrong.append(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            wrong.append(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
-            wrong.append(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.kv_heads}")
+            wrong.append(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if not wrong and self.head_width % 2:
-            wrong.append(f"a head's width {self.head_width} is odd, but its halves are rotated in pairs")
+            wrong.append(f"the head width {self.head_width} is odd, but rotary embeddings need pairs of features")
         if self.sliding_window is not None and self.sliding_window < 1:
-            wrong.append(f"a sliding_window of {self.sliding_window} tokens sees nothing")
+            wrong.append(f"a sliding_window of {self.sliding_window} tokens includes no token")
         if len(self.sliding_layers) not in (0, self.num_layers):
             wrong.append(f"{len(self.sliding_layers)} sliding_layers for {self.num_layers} layers")
         if wrong:
-            problem = f"{count(len(wrong), 'size')} {'does' if len(wrong) == 1 else 'do'} not fit."
+            problem = f"{count(len(wrong), 'size does', 'sizes do')} not fit."
             raise JloraValueError("DecoderConfig", problem, wrong, "correct them, or pass head_dim.")
 
     @classmethod
@@ -185,23 +185,23 @@ class DecoderConfig:
             switches: dtype, param_dtype, scan, remat.
 
         Raises:
-            ValueError: values that ask for something this model does not compute, all of them listed.
+            ValueError: the config has settings that this model does not support; all are listed.
         """
         kind, ropes = config.model_type, read_ropes(config)
         gemma = kind.startswith("gemma")
         types = tuple(getattr(config, "layer_types", None) or ()) if kind != "mistral" else ()
-        offenders = [f"rope {name}: {reason}" for name, rope in ropes.items() for reason in unknown_rope(rope)]
+        offenders = [f"rope {name}: {reason}" for name, rope in ropes.items() for reason in find_unsupported_rope(rope)]
         offenders += [f"layer type {name!r}" for name in sorted({*types} - {"full_attention", "sliding_attention"})]
         activation = config.hidden_activation if kind in ("gemma2", "gemma3_text") else config.hidden_act
         if activation not in ACTIVATIONS:
             offenders.append(f"activation {activation!r}, known: {', '.join(ACTIVATIONS)}")
         bidirectional = bool(getattr(config, "use_bidirectional_attention", None))
         if bidirectional and kind != "gemma3_text":
-            offenders.append(f"use_bidirectional_attention is set, which is computed for gemma3_text only, not {kind}")
+            offenders.append(f"use_bidirectional_attention is set, which is supported for gemma3_text only, not {kind}")
         if not getattr(config, "is_causal", True):
-            offenders.append("is_causal is false: only causal attention is computed here")
+            offenders.append("is_causal is false: only causal attention is supported")
         if offenders:
-            problem, fix = "the config asks for another model.", "take a checkpoint without them."
+            problem, fix = "the config has settings that are not supported.", "use a checkpoint without them."
             raise JloraValueError("DecoderConfig", problem, offenders, fix)
         rope, local = (make_rope(ropes.get(name)) for name in ("full_attention", "sliding_attention"))
         bias = getattr(config, "attention_bias", False)
@@ -249,31 +249,33 @@ class DecoderConfig:
 
     @property
     def slides(self) -> tuple[bool, ...]:
-        """Which layers see a window only."""
+        """For each layer, whether it attends to a sliding window only."""
         if self.sliding_window is None:
             return (False,) * self.num_layers
         return self.sliding_layers or (True,) * self.num_layers
 
 
 def read_ropes(config: Any) -> dict[str, dict[str, Any]]:
-    """A config's rotary parameters by layer type; one for all stands under "full_attention"."""
+    """The rotary parameters of a config by layer type; parameters for all layers are under "full_attention"."""
     ropes = config.rope_parameters or {}
     nested = {name: rope for name, rope in ropes.items() if isinstance(rope, dict)}
     return nested or {"full_attention": ropes}
 
 
-def unknown_rope(rope: dict[str, Any]) -> list[str]:
-    """What a config's rotary parameters ask for that is not computed here."""
+def find_unsupported_rope(rope: dict[str, Any]) -> list[str]:
+    """The rotary parameters of a config that this model does not support."""
     offenders = []
     if rope.get("rope_type", "default") not in ROPES:
         offenders.append(f"rope_type {rope['rope_type']!r}, known: {', '.join(ROPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        offenders.append(f"partial_rotary_factor {rope['partial_rotary_factor']}: only whole heads are rotated")
+        offenders.append(
+            f"partial_rotary_factor {rope['partial_rotary_factor']}: only the rotation of whole heads is supported"
+        )
     return offenders
 
 
 def make_rope(rope: dict[str, Any] | None) -> Rope | None:
-    """A config's rotary parameters as ours."""
+    """The rotary parameters of a config as a `Rope`."""
     if rope is None:
         return None
     names = {
@@ -306,22 +308,22 @@ class RMSNorm(nn.Module):
 def rope_table(
     positions: Int[Array, "batch time"], frequencies: Float[np.ndarray, "half"]
 ) -> tuple[Float[Array, "batch 1 time width"], Float[Array, "batch 1 time width"]]:
-    """Cosine, and sine with the sign of each half, of every position's rotation; one row serves all heads."""
+    """Cosine and signed sine of every position's rotation, for all heads; the sine of the first half is negative."""
     angle = positions[:, None, :, None] * frequencies
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def rotate(x: Float[Array, "batch heads time width"], rope: tuple[Array, Array]) -> Array:
-    """Rotates feature i with feature i + width / 2, as Hugging Face's checkpoints expect."""
+    """Rotates each pair of features i and i + width / 2, the order of Hugging Face checkpoints."""
     cos, sin = rope
     wide = x.astype(cos.dtype)
-    # Rolling the input costs XLA's CPU backend less than concatenating two computed halves: 4 % of a block.
+    # jnp.roll of the input is faster on XLA's CPU backend than concatenating two computed halves, by 4 % of a block.
     return (wide * cos + jnp.roll(wide, x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions; its keys and values are given back for the cache."""
+    """Grouped-query self-attention with rotary positions, which also returns its keys and values for the cache."""
 
     config: DecoderConfig
 
@@ -359,7 +361,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each on a normed copy of the residual stream."""
+    """Attention, then the MLP, each on a normalized copy of the residual stream."""
 
     config: DecoderConfig
 
@@ -370,21 +372,21 @@ class Block(nn.Module):
         config = self.config
         kind, past = each
 
-        def normed(name: str, y: Array) -> Array:
+        def normalize(name: str, y: Array) -> Array:
             return RMSNorm(config, name=name)(y)
 
         attention, mlp = Attention(config, name="self_attn"), MLP(config, name="mlp")
-        y, pair = attention(normed("input_layernorm", x), past, choose(views, kind))
+        y, pair = attention(normalize("input_layernorm", x), past, choose_view(views, kind))
         if not config.post_norms:
             x = x + y
-            return x + mlp(normed("post_attention_layernorm", x)), pair
-        x = x + normed("post_attention_layernorm", y)
-        y = mlp(normed("pre_feedforward_layernorm", x))
-        return x + normed("post_feedforward_layernorm", y), pair
+            return x + mlp(normalize("post_attention_layernorm", x)), pair
+        x = x + normalize("post_attention_layernorm", y)
+        y = mlp(normalize("pre_feedforward_layernorm", x))
+        return x + normalize("post_feedforward_layernorm", y), pair
 
 
-def choose(views: list[Any], kind: Any) -> Any:
-    """The view of a layer's kind: by index where that is known, else by selection."""
+def choose_view(views: list[Any], kind: Any) -> Any:
+    """The rotary table and the bias for a kind of layer; under scan the kind is traced, so `jnp.where` selects them."""
     if len(views) == 1:
         return views[0]
     if isinstance(kind, int):
@@ -403,15 +405,16 @@ class Decoder(nn.Module):
     >>> model.apply({"params": params}, ids, method="hidden").shape
     (1, 4, 8)
 
-    With `cache=model.init_cache(batch, length)` a call gives (logits, cache), and the next call goes on from there.
+    With `cache=model.init_cache(batch, length)` a call returns (logits, cache), and the next call continues from that
+    cache.
 
     Args:
-        config: its shape.
-        origin: the checkpoint it comes from, None for a model made by hand.
-        head_type: "causal_lm" gives logits (batch, time, vocab); "classification" (batch, labels), read at each row's
-            last token that is not padding; "token_classification" (batch, time, labels).
-        num_labels: how many labels a classifier has.
-        pad_token_id: what a classifier of texts takes for padding beside what the mask leaves out.
+        config: the sizes of the model.
+        origin: the checkpoint of the model, None for a model that is not from a checkpoint.
+        head_type: "causal_lm" returns logits (batch, time, vocab); "classification" (batch, labels), computed at each
+            row's last token that is not padding; "token_classification" (batch, time, labels).
+        num_labels: number of labels of a classification head.
+        pad_token_id: the token that sequence classification treats as padding, in addition to masked tokens.
 
     Raises:
         ValueError: an unknown head_type.
@@ -432,17 +435,17 @@ class Decoder(nn.Module):
 
     @property
     def lora_layout(self) -> dict[str, str] | None:
-        """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
+        """The `layout` argument of `wrap`: kernels of scanned layers are stacked."""
         return {r"(?P<stack>layers)/.*/kernel": "sio"} if self.config.scan else None
 
     @property
     def label_module(self) -> str:
-        """The module whose outputs are the labels' logits."""
+        """The name of the module that computes the logits of the labels."""
         return "score"
 
     @property
     def pools_apart(self) -> bool:
-        """Whether a classifier reads states that are pooled outside of torch's model."""
+        """Whether a classifier reads states that are pooled outside of the torch model."""
         return False
 
     def __post_init__(self):
@@ -457,7 +460,7 @@ class Decoder(nn.Module):
         self.layers = make_layers(Block, config, count=config.num_layers, scan=config.scan, remat=config.remat)
         self.norm = RMSNorm(config)
         if self.head_type != "causal_lm":
-            # Its name and its bias are those of transformers' generic classifiers.
+            # Name and bias as in transformers' generic classifiers.
             self.score = nn.Dense(
                 self.num_labels,
                 use_bias=self.head_type == "token_classification",
@@ -472,12 +475,12 @@ class Decoder(nn.Module):
         """An empty cache for `batch` rows of at most `length` tokens.
 
         Raises:
-            ValueError: a model whose tokens see later ones.
+            ValueError: the attention of the model is not causal.
         """
         config = self.config
         if not config.causal:
             fix = "use its hidden states, or a causal model to generate."
-            raise JloraValueError("Decoder", "attention in both directions needs no cache.", (), fix)
+            raise JloraValueError("Decoder", "a model with attention in both directions has no cache.", (), fix)
         sizes = {"layers": config.num_layers, "heads": config.kv_heads, "width": config.head_width}
         return Cache.empty(batch, length, **sizes, dtype=config.dtype, scan=config.scan)
 
@@ -489,15 +492,15 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """The final hidden states (batch, time, d), normed: what the head multiplies. With a cache, that too."""
+        """The final normalized hidden states (batch, time, d), the input of the head. With a cache, (states, cache)."""
         config = self.config
-        sight = look(input_ids, attention_mask, segment_ids, cache)
+        context = make_attention_context(input_ids, attention_mask, segment_ids, cache)
         sliding = sorted(set(config.slides))
         ropes = [(config.local_rope or config.rope) if slides else config.rope for slides in sliding]
         views = [
             (
-                rope_table(sight.positions, rope.frequencies(config.head_width)),
-                sight.bias(causal=config.causal, window=config.sliding_window if slides else None),
+                rope_table(context.positions, rope.frequencies(config.head_width)),
+                context.bias(causal=config.causal, window=config.sliding_window if slides else None),
             )
             for slides, rope in zip(sliding, ropes, strict=True)
         ]
@@ -512,7 +515,7 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x, new = run_layers(self.layers, x, each, views)
         x = self.norm(x)
-        return x if cache is None else (x, cache.write(new, sight.segments, after=x))
+        return x if cache is None else (x, cache.write(new, context.segments, after=x))
 
     def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch logits"]:
         """Logits of hidden states, in the compute dtype."""
@@ -530,14 +533,13 @@ class Decoder(nn.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """Logits of the head. With a cache, (logits, the cache with these tokens in it).
+        """Logits of the head. With a cache, (logits, the cache with these tokens added).
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for a token, 0 for padding on either side.
-            segment_ids: packed texts, each with a number of its own from 1; 0 for padding. Not for a classifier of
-                texts.
-            cache: from `init_cache` or from the call before. Not for a classifier of texts.
+            segment_ids: packed texts, numbered from 1; 0 for padding. Not for sequence classification.
+            cache: from `init_cache` or from the previous call. Not for sequence classification.
         """
         if self.head_type == "classification":
             check_one_text_per_row("Decoder", segment_ids, cache)
@@ -552,12 +554,12 @@ def dense(config: DecoderConfig, features: int, name: str | None = None, bias: b
 
 
 def decoder_family(name: str, *, classifier: str | None = None, tokens: bool = True) -> Family:
-    """A family that differs from its kin in the config alone.
+    """A family that differs from the other decoders only in its config.
 
     Args:
-        name: of its architectures, as in "LlamaForCausalLM".
-        classifier: the architecture that classifies texts, where it is not named as the others.
-        tokens: transformers has one that classifies tokens.
+        name: prefix of its architectures, as in "LlamaForCausalLM".
+        classifier: the architecture for sequence classification, if its name has another form.
+        tokens: whether transformers has an architecture for token classification.
     """
     heads = {
         "causal_lm": f"{name}ForCausalLM",

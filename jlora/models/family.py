@@ -1,6 +1,6 @@
-"""A model family: all that jlora has to know of one kind of Hugging Face checkpoint, beside its Flax module.
+"""A model family: the description of one kind of Hugging Face checkpoint, in addition to its Flax module.
 
-Adding a family is one file in this folder, which holds the module, its config and its `FAMILIES`, and an entry in
+To add a family, add one file to this folder with the module, its config and its `FAMILIES`, and an entry in
 `jlora/hf/families.py`.
 """
 
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jlora.models.layers import Origin
 
 LABELLED = ("classification", "token_classification")
-# Heads that multiply by the table of words where the config ties them.
+# Heads that use the table of word embeddings as their kernel if the config ties them.
 VOCABULARY = ("causal_lm", "masked_lm")
 
 
@@ -23,21 +23,22 @@ class Family:
     """One kind of checkpoint.
 
     Args:
-        module: the Flax model; it is made from `config.from_hf(...)`.
-        config: its config.
-        prefix: what stands before the names of the body's tensors, and not before the heads'.
-        stack: the name of the layers' list.
-        heads: each head with the architecture whose checkpoints carry it.
-        default: the head of a checkpoint whose architecture is not among them; None for hidden states.
-        bare: the architecture without a head; None where the model always has one.
-        head_modules: the first component of every head's tensors; a head not asked for is left in the file.
+        module: class of the Flax model, which is created from `config.from_hf(...)`.
+        config: class of the config.
+        prefix: prefix of the names of the body's tensors, which the heads' tensors don't have.
+        stack: name of the list of layers.
+        heads: the architecture of each head, as in the config.json of its checkpoints.
+        default: the head of a checkpoint with any other architecture; None for hidden states.
+        bare: the architecture without a head; None if the model always has a head.
+        head_modules: the first component of every head's tensors; the tensors of a head that is not requested are not
+            read.
         transpose: kernels are stored (out, in), as torch's Linear does, and not (in, out).
-        spellings: (regex, replacement) pairs that turn an older checkpoint's names into today's.
-        unread: regexes of tensors that may stand in the file though the model does not read them.
-        unread_modules: modules of the bare form that no output reads. A tree holds them where an adapter is on them.
-        copies: tensors that repeat another where the config ties them, with the one they repeat.
+        spellings: (regex, replacement) pairs that convert the names of older checkpoints to the current ones.
+        unread: regexes of tensors that may be in the file although the model does not read them.
+        unread_modules: modules of the bare form that no output depends on. A tree has them if they have an adapter.
+        copies: tensors that are equal to another one if the config ties them, with the name of the other one.
         vocabulary: the parameters with one row or column per token, each with the axis of the tokens.
-        pooled: its classifier of texts reads pooled states, and the pooling can be chosen.
+        pooled: sequence classification reads pooled states, and the pooling can be chosen.
     """
 
     module: type[nn.Module]
@@ -67,15 +68,15 @@ class Family:
         scan: bool = False,
         remat: bool = False,
     ) -> nn.Module:
-        """The model of transformers' config, with one of the family's heads.
+        """Creates the model of transformers' config, with one of the family's heads.
 
         Args:
-            config: transformers' config; it says how many labels there are.
-            head: one of `heads`, or None where the family has a `bare` form.
-            pooling: what a classifier of texts reads, where the family is `pooled`.
-            dtype: what the model computes in.
-            origin: the checkpoint it comes from.
-            scan: one compiled body for all layers.
+            config: transformers' config, with the number of labels.
+            head: one of `heads`, or None if the family has a `bare` form.
+            pooling: pooling for sequence classification, if the family is `pooled`.
+            dtype: dtype of the computation.
+            origin: the checkpoint of the model.
+            scan: compile one body for all layers.
             remat: recompute each layer in the backward pass.
         """
         labels = config.num_labels
@@ -87,5 +88,5 @@ class Family:
         return self.module(shape, origin=origin, head_type=head, num_labels=labels, pad_token_id=pad)
 
     def tied(self, head: str | None) -> Mapping[str, str]:
-        """The copies that a model with this head has where its config ties them."""
+        """The copies that a model with this head has if its config ties them."""
         return self.copies if head in VOCABULARY else {}

@@ -1,8 +1,8 @@
-"""Generation: a prompt read once, then one token after another through the key-value cache, all of it on the device.
+"""Generation with a key-value cache on the device: a prompt is read once, then tokens are added one by one.
 
-Two compiled functions do it. `prefill` reads the prompts and chooses the first token; `decode` goes on from there to
-any limit, in one loop that ends early once every row has stopped. Lengths are padded to buckets, and whatever is a
-number (temperature, top_k, top_p, the limit, the stop tokens) is an argument, so new values compile nothing.
+There are two compiled functions. `prefill` reads the prompts and chooses the first token; `decode` adds tokens up to
+any limit, in one loop that ends early once every row has stopped. Lengths are padded to buckets, and all numbers
+(temperature, top_k, top_p, the limit, the stop tokens) are arguments, so new values need no compilation.
 """
 
 import functools
@@ -25,20 +25,20 @@ from jlora.tree.paths import Tree, flatten
 SHORTEST = 16  # tokens of the smallest bucket
 STOPS = 8  # stop tokens of the smallest bucket
 NO_TOKEN = -1
-SHOWN = 3  # parameters that an error lists
+SHOWN = 3  # the largest number of parameters that an error lists
 
 Kind = Literal["greedy", "sampled", "filtered"]
 
 
 class Sampling(NamedTuple):
-    """How tokens are chosen, and when a row stops: traced values all.
+    """Settings of how tokens are chosen and when a row stops. All values are traced.
 
     Args:
-        temperature: what logits are divided by.
-        top_k: how many of the likeliest tokens may be drawn.
-        tail: 1 - top_p, the probability that may be cut off.
-        stop: the tokens that end a row, filled up with one that is none.
-        pad: what follows them.
+        temperature: divisor of the logits.
+        top_k: number of the most likely tokens to draw from.
+        tail: 1 - top_p, the total probability of the tokens that are not drawn.
+        stop: the tokens that end a row, padded with `NO_TOKEN`.
+        pad: the token that follows a stop token.
         key: PRNG key.
     """
 
@@ -50,15 +50,15 @@ class Sampling(NamedTuple):
     key: Key[Array, ""]
 
 
-class State(NamedTuple):
-    """Where a generation stands.
+class GenerationState(NamedTuple):
+    """The state of a generation after some tokens.
 
     Args:
-        cache: of all tokens but each row's last.
-        token: each row's last token.
-        stopped: rows that have met a stop token.
+        cache: the cache of all tokens except the last one of each row.
+        token: the last token of each row.
+        stopped: the rows that have a stop token.
         tokens: the new tokens so far, then padding.
-        step: how many of them there are.
+        step: number of new tokens.
     """
 
     cache: Cache
@@ -68,16 +68,16 @@ class State(NamedTuple):
     step: Int[Array, ""]
 
 
-class Job(NamedTuple):
-    """A request that has passed its checks.
+class GenerationRequest(NamedTuple):
+    """Checked arguments of `generate`, in the form that the compiled functions take.
 
     Args:
         ids: the prompts, padded on the left to their bucket.
         mask: 1 for a token, 0 for padding.
-        limit: new tokens at most.
-        room: slots for them.
-        kind: what a choice computes.
-        sampling: how tokens are chosen.
+        limit: the largest number of new tokens.
+        room: number of slots for new tokens.
+        kind: the method that chooses tokens.
+        sampling: settings of the method.
     """
 
     ids: Int[np.ndarray, "batch time"]
@@ -102,42 +102,44 @@ def generate(
     pad_token: int = 0,
     key: Key[Array, ""] | None = None,
 ) -> Int[Array, "batch max_new_tokens"]:
-    """Continues prompts, and gives the new tokens alone.
+    """Continues prompts and returns the new tokens.
 
-    Lengths are padded to powers of two (16, 32, ...), so one compile serves every prompt and every `max_new_tokens`
-    of a bucket, at any temperature, top_k, top_p and stop tokens. Adapters are applied as they are: x W + s (x A) B at
-    every token. `jlora.merge(params)` saves that work, for the price of a copy of the adapted kernels.
+    Lengths are padded to powers of two (16, 32, ...), so one compilation serves all prompts and `max_new_tokens` of a
+    bucket, with any temperature, top_k, top_p and stop tokens. Adapters are applied without merging: x W + s (x A) B
+    for every token. `jlora.merge(params)` avoids this work, but needs a copy of the adapted kernels.
 
     ::
 
         tokens = jlora.generate(model, params, [[1, 403, 407], [1, 261]], max_new_tokens=64, stop_tokens=[2])
 
     Args:
-        model: a decoder: its calls take a cache.
-        params: a base tree, a wrapped or a merged one.
+        model: a decoder, whose calls take a cache.
+        params: a base tree, wrapped or merged.
         input_ids: the prompts: a list of lists of token ids, or an array (batch, time).
         attention_mask: for an array: 1 for a token, 0 for padding, on either side.
-        max_new_tokens: tokens to add to each prompt, at most.
-        temperature: 0 takes the likeliest token each time; anything above divides the logits and draws from their
-            softmax.
-        top_k: draw from the k likeliest tokens only; tokens that tie with the last of them stay too.
-        top_p: then draw from the fewest of the likeliest tokens whose probabilities reach top_p, ties as above.
-        stop_tokens: a row ends with any of them; it is still given.
-        pad_token: what fills a row after it has ended.
-        key: for drawing, one draw a row and token: a row's do not depend on the other rows. None for
+        max_new_tokens: the largest number of tokens to add to each prompt.
+        temperature: 0 chooses the most likely token each time; a value above 0 divides the logits, and tokens are drawn
+            from their softmax.
+        top_k: draw from the k most likely tokens only, including tokens with the same probability as the last of them.
+        top_p: then draw from the smallest set of most likely tokens whose total probability reaches top_p, with ties as
+            for top_k.
+        stop_tokens: a row ends with any of these tokens, which is part of the result.
+        pad_token: the token that fills a row after its end.
+        key: PRNG key for drawing tokens. The draws of a row do not depend on the other rows. None means
             `jax.random.key(0)`.
 
     Returns:
         The new tokens (batch, max_new_tokens), without the prompts; `pad_token` after a stop token.
 
     Raises:
-        ValueError: a model without a cache or with too few positions, parameters that are not the model's, prompts that
-            are empty, padded amid their tokens or outside the vocabulary, settings out of range (all of them listed).
+        ValueError: the model has no cache or too few positions; the parameters are not the model's; a prompt is empty,
+            has padding between its tokens or tokens outside the vocabulary; or settings are out of range. All are
+            listed.
 
     Source:
         Holtzman et al. 2020 for top_p (arXiv:1904.09751); Fan et al. 2018 for top_k (arXiv:1805.04833).
     """
-    job = prepare(
+    request = prepare_request(
         model,
         params,
         input_ids,
@@ -150,8 +152,9 @@ def generate(
         pad_token=pad_token,
         key=key,
     )
-    state = decode(model, job.kind, params, begin(model, params, job), job.sampling, job.limit)
-    return state.tokens[:, : job.limit]
+    state = start_generation(model, params, request)
+    state = decode(model, request.kind, params, state, request.sampling, request.limit)
+    return state.tokens[:, : request.limit]
 
 
 def stream(
@@ -168,28 +171,28 @@ def stream(
     pad_token: int = 0,
     key: Key[Array, ""] | None = None,
 ) -> Iterator[Int[np.ndarray, "batch"]]:
-    """Continues prompts as `generate` does, by the same compiled functions, and gives each step's tokens as they come.
+    """Continues prompts like `generate`, with the same compiled functions, and yields the tokens of each step.
 
     Args:
-        model: as for `generate`, and so are all others.
-        params: a base tree, a wrapped or a merged one.
+        model: a decoder. All arguments are those of `generate`.
+        params: a base tree, wrapped or merged.
         input_ids: the prompts.
         attention_mask: 1 for a token, 0 for padding.
-        max_new_tokens: tokens to add to each prompt, at most.
-        temperature: 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens only.
-        top_p: then from the fewest that reach this probability.
-        stop_tokens: a row ends with any of them.
-        pad_token: what fills a row after it has ended.
-        key: for drawing.
+        max_new_tokens: the largest number of tokens to add to each prompt.
+        temperature: 0 chooses the most likely token each time.
+        top_k: draw from the k most likely tokens only.
+        top_p: then draw from the smallest set of tokens whose total probability reaches top_p.
+        stop_tokens: a row ends with any of these tokens.
+        pad_token: the token that fills a row after its end.
+        key: PRNG key for drawing tokens.
 
     Returns:
-        An iterator over the columns of what `generate` gives; it ends early once all rows have stopped.
+        An iterator over the columns of the result of `generate`; it ends early once all rows have stopped.
 
     Raises:
-        ValueError: as `generate` does, before the first token is asked for.
+        ValueError: as for `generate`, before the first token is requested.
     """
-    job = prepare(
+    request = prepare_request(
         model,
         params,
         input_ids,
@@ -202,22 +205,22 @@ def stream(
         pad_token=pad_token,
         key=key,
     )
-    return steps(model, params, job)
+    return iterate_tokens(model, params, request)
 
 
-def steps(model: nn.Module, params: Tree, job: Job) -> Iterator[Int[np.ndarray, "batch"]]:
-    """Every step's tokens, until the limit or until all rows have stopped."""
-    state = begin(model, params, job)
+def iterate_tokens(model: nn.Module, params: Tree, request: GenerationRequest) -> Iterator[Int[np.ndarray, "batch"]]:
+    """The tokens of each step, until the limit or until all rows have stopped."""
+    state = start_generation(model, params, request)
     yield np.asarray(state.token)
-    for limit in range(2, job.limit + 1):
+    for limit in range(2, request.limit + 1):
         if np.asarray(state.stopped).all():
             return
-        state = decode(model, job.kind, params, state, job.sampling, limit)
+        state = decode(model, request.kind, params, state, request.sampling, limit)
         yield np.asarray(state.token)
 
 
-def begin(model: nn.Module, params: Tree, job: Job) -> State:
-    return prefill(model, job.kind, job.room, params, job.ids, job.mask, job.sampling)
+def start_generation(model: nn.Module, params: Tree, request: GenerationRequest) -> GenerationState:
+    return prefill(model, request.kind, request.room, params, request.ids, request.mask, request.sampling)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -229,12 +232,12 @@ def prefill(
     ids: Int[Array, "batch time"],
     mask: Int[Array, "batch time"],
     sampling: Sampling,
-) -> State:
+) -> GenerationState:
     """Reads the prompts and chooses the first of at most `room` new tokens."""
     batch, time = ids.shape
     cache = model.init_cache(batch, time + room)
     logits, cache = last_logits(model, params, ids, mask, cache)
-    state = State(
+    state = GenerationState(
         cache=cache,
         token=jnp.zeros((batch,), jnp.int32),
         stopped=jnp.zeros((batch,), bool),
@@ -246,14 +249,14 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def decode(
-    model: nn.Module, kind: Kind, params: Tree, state: State, sampling: Sampling, limit: Int[Array, ""]
-) -> State:
+    model: nn.Module, kind: Kind, params: Tree, state: GenerationState, sampling: Sampling, limit: Int[Array, ""]
+) -> GenerationState:
     """Adds tokens until there are `limit` of them or all rows have stopped; the cache is updated in place."""
 
-    def unfinished(state: State) -> Bool[Array, ""]:
+    def unfinished(state: GenerationState) -> Bool[Array, ""]:
         return (state.step < limit) & ~state.stopped.all()
 
-    def advance(state: State) -> State:
+    def advance(state: GenerationState) -> GenerationState:
         logits, cache = last_logits(model, params, state.token[:, None], None, state.cache)
         return add_token(kind, state._replace(cache=cache), logits, sampling)
 
@@ -267,7 +270,7 @@ def last_logits(
     mask: Int[Array, "batch time"] | None,
     cache: Cache,
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
-    """Logits of the next token: the head multiplies each row's last hidden state and no other."""
+    """Logits of the next token. The head reads only the last hidden state of each row."""
 
     def forward(params: Tree, ids: Array, mask: Array | None, cache: Cache) -> Any:
         hidden, cache = model.apply({"params": params}, ids, mask, cache=cache, method="hidden")  # type: ignore[assignment]
@@ -276,9 +279,11 @@ def last_logits(
     return adapt(forward)(params, ids, mask, cache)
 
 
-def add_token(kind: Kind, state: State, logits: Float[Array, "batch vocab"], sampling: Sampling) -> State:
+def add_token(
+    kind: Kind, state: GenerationState, logits: Float[Array, "batch vocab"], sampling: Sampling
+) -> GenerationState:
     """Chooses each row's next token; a row that has stopped gets padding."""
-    token = jnp.where(state.stopped, sampling.pad, choose(kind, logits, sampling, state.step))
+    token = jnp.where(state.stopped, sampling.pad, choose_tokens(kind, logits, sampling, state.step))
     return state._replace(
         token=token,
         stopped=state.stopped | (token[:, None] == sampling.stop).any(axis=1),
@@ -287,22 +292,22 @@ def add_token(kind: Kind, state: State, logits: Float[Array, "batch vocab"], sam
     )
 
 
-def choose(
+def choose_tokens(
     kind: Kind, logits: Float[Array, "batch vocab"], sampling: Sampling, step: Int[Array, ""]
 ) -> Int[Array, "batch"]:
-    """The likeliest tokens, or drawn ones."""
+    """The most likely tokens, or drawn tokens."""
     if kind == "greedy":
         return logits.argmax(axis=-1).astype(jnp.int32)
     scores = warp(logits, sampling, cut=kind == "filtered")
-    # A key for each row and step: neither the batch nor the way the steps are run changes a row's draws.
+    # A separate key for each row and step, so that a row's draws depend on neither the batch nor the bucket sizes.
     keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(sampling.key, row), step))
     return jax.vmap(jax.random.categorical)(keys(jnp.arange(len(scores))), scores).astype(jnp.int32)
 
 
 def warp(logits: Float[Array, "batch vocab"], sampling: Sampling, *, cut: bool) -> Float[Array, "batch vocab"]:
-    """Scores whose softmax is drawn from: temperature, then, if `cut`, top_k and top_p, what they cut off at -inf."""
+    """Logits after temperature and, if `cut`, top_k and top_p, with -inf for the tokens that are not drawn."""
     logits = logits.astype(jnp.float32)
-    # The best score is 0, so no temperature is too low for the division.
+    # The best score is 0, so that the division can't overflow there at any temperature.
     scores = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
     if not cut:
         return scores
@@ -310,10 +315,10 @@ def warp(logits: Float[Array, "batch vocab"], sampling: Sampling, *, cut: bool) 
     vocab = scores.shape[-1]
     least = rising[:, vocab - jnp.minimum(sampling.top_k, vocab)][:, None]
     rising = jnp.where(rising < least, -jnp.inf, rising)
-    kept = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) > sampling.tail
-    # Rounding may keep the sum below the tail of a tiny top_p; the likeliest token always stays.
-    kept = kept.at[:, -1].set(True)
-    least = jnp.where(kept, rising, jnp.inf).min(axis=-1, keepdims=True)
+    drawable = jnp.cumsum(jax.nn.softmax(rising, axis=-1), axis=-1) > sampling.tail
+    # For a tiny top_p the rounded sum may not exceed the tail. The most likely token can always be drawn.
+    drawable = drawable.at[:, -1].set(True)
+    least = jnp.where(drawable, rising, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(scores < least, -jnp.inf, scores)
 
 
@@ -326,10 +331,10 @@ def bucket(length: int, shortest: int = SHORTEST) -> int:
     return max(shortest, 1 << (length - 1).bit_length())
 
 
-def sizes(longest: int, limit: int, positions: int | None) -> tuple[int, int]:
-    """Slots for the prompts and for the new tokens: buckets, cut where the model has too few positions for them.
+def bucket_sizes(longest: int, limit: int, positions: int | None) -> tuple[int, int]:
+    """Numbers of slots for the prompts and for the new tokens: buckets, or less if the model has too few positions.
 
-    >>> sizes(20, 100, None), sizes(600, 100, 1024), sizes(600, 424, 1024)
+    >>> bucket_sizes(20, 100, None), bucket_sizes(600, 100, 1024), bucket_sizes(600, 424, 1024)
     ((32, 128), (896, 128), (600, 424))
     """
     time, room = bucket(longest), bucket(limit)
@@ -339,7 +344,7 @@ def sizes(longest: int, limit: int, positions: int | None) -> tuple[int, int]:
     return time, room
 
 
-def prepare(
+def prepare_request(
     model: nn.Module,
     params: Tree,
     input_ids: Any,
@@ -352,8 +357,8 @@ def prepare(
     stop_tokens: int | Sequence[int],
     pad_token: int,
     key: Key[Array, ""] | None,
-) -> Job:
-    """Checks everything at once, and brings it into the form that is compiled for."""
+) -> GenerationRequest:
+    """Checks all arguments and converts them to the form that the compiled functions take."""
     rows, offenders = read_rows(input_ids, attention_mask)
     stops = read_stops(stop_tokens)
     offenders += unusable_settings(max_new_tokens, temperature, top_k, top_p) + unusable_key(key)
@@ -362,20 +367,20 @@ def prepare(
     elif model.head_type != "causal_lm":
         offenders.append(f"the model has the head {model.head_type!r}: only 'causal_lm' can generate")
     else:
-        offenders += misfits(model.config, rows, stops, max_new_tokens)
+        offenders += unusable_tokens(model.config, rows, stops, max_new_tokens)
         offenders += unusable_pad(pad_token, model.config.vocab_size) + unusable_params(model, params)
     if offenders:
         problem = f"{count(len(offenders), 'argument')} can't be used."
         raise JloraValueError("generate", problem, offenders, "correct what is listed.")
     config = model.config
-    time, room = sizes(max(map(len, rows)), max_new_tokens, positions_of(config))
+    time, room = bucket_sizes(max(map(len, rows)), max_new_tokens, num_positions(config))
     ids, mask = np.zeros((2, len(rows), time), np.int32)
     for n, row in enumerate(rows):
         ids[n, time - len(row) :], mask[n, time - len(row) :] = row, 1
     stop = np.full(bucket(len(stops), STOPS), NO_TOKEN, np.int32)
     stop[: len(stops)] = stops
     sampling = Sampling(
-        # What is no float32 above 0 can't divide.
+        # The temperature must be above 0 in float32 too.
         temperature=jnp.float32(max(temperature, np.finfo(np.float32).tiny)),
         top_k=jnp.int32(min(top_k or config.vocab_size, config.vocab_size)),
         tail=jnp.float32(0 if top_p is None else 1 - top_p),
@@ -383,12 +388,12 @@ def prepare(
         pad=jnp.int32(pad_token),
         key=jax.random.key(0) if key is None else key,
     )
-    drawn: Kind = "sampled" if top_k is None and top_p in (None, 1) else "filtered"
-    return Job(ids, mask, max_new_tokens, room, "greedy" if temperature == 0 else drawn, sampling)
+    method: Kind = "sampled" if top_k is None and top_p in (None, 1) else "filtered"
+    return GenerationRequest(ids, mask, max_new_tokens, room, "greedy" if temperature == 0 else method, sampling)
 
 
 def read_stops(stop_tokens: Any) -> np.ndarray:
-    """The stop tokens in one axis, whatever they are."""
+    """The stop tokens as an array with one axis, before they are checked."""
     try:
         return np.atleast_1d(np.asarray(stop_tokens))
     except ValueError:  # lists of different lengths
@@ -398,32 +403,32 @@ def read_stops(stop_tokens: Any) -> np.ndarray:
 
 
 def read_rows(input_ids: Any, attention_mask: Any) -> tuple[list[Int[np.ndarray, "time"]], list[str]]:
-    """The prompts without their padding, and what is wrong with their form."""
+    """The prompts without padding, and the errors in their form."""
     try:
-        rows = [np.asarray(row) for row in on_host(input_ids)]
-        given = [np.ones(len(row)) for row in rows] if attention_mask is None else on_host(attention_mask)
-        masks = [np.asarray(mask) != 0 for mask in given]
+        rows = [np.asarray(row) for row in to_host(input_ids)]
+        ones = [np.ones(len(row)) for row in rows]
+        masks = [np.asarray(mask) != 0 for mask in (ones if attention_mask is None else to_host(attention_mask))]
     except TypeError:
-        return [], ["input_ids and attention_mask have two axes: (batch, time)"]
+        return [], ["input_ids and attention_mask must have two axes: (batch, time)"]
     if [row.shape for row in rows] != [mask.shape for mask in masks] or any(row.ndim != 1 for row in rows):
-        return [], ["input_ids and attention_mask have two axes, of the same sizes: (batch, time)"]
+        return [], ["input_ids and attention_mask must have two axes of the same sizes: (batch, time)"]
     offenders = [] if rows else ["input_ids: there is no prompt"]
     for n, mask in enumerate(masks):
-        (places,) = mask.nonzero()
-        if not len(places):
+        (indices,) = mask.nonzero()
+        if not len(indices):
             offenders.append(f"prompt {n} is empty")
-        elif places[-1] - places[0] >= len(places):
+        elif indices[-1] - indices[0] >= len(indices):
             offenders.append(f"prompt {n} has padding between its tokens")
     return [row[mask] for row, mask in zip(rows, masks, strict=True)], offenders
 
 
-def on_host(batch: Any) -> Any:
-    """An array fetched in one go; lists, whose rows may differ in length, as they are."""
+def to_host(batch: Any) -> Any:
+    """Fetches an array in one transfer. Lists, whose rows may differ in length, are returned as they are."""
     return np.asarray(batch) if hasattr(batch, "ndim") else batch
 
 
 def unusable_settings(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> list[str]:
-    """Settings out of range."""
+    """The settings that are out of range."""
     offenders = []
     if not (isinstance(max_new_tokens, numbers.Integral) and max_new_tokens >= 1):
         offenders.append(f"max_new_tokens is {max_new_tokens!r}  expected: a whole number from 1")
@@ -437,12 +442,12 @@ def unusable_settings(max_new_tokens: int, temperature: float, top_k: int | None
 
 
 def unusable_seed(seed: int) -> list[str]:
-    """A seed out of range."""
+    """The seed, if it is out of range."""
     return [] if 0 <= seed < 2**32 else [f"seed is {seed!r}  expected: a whole number from 0 to 4294967295"]
 
 
 def unusable_key(key: Any) -> list[str]:
-    """A key that is not one of jax.random."""
+    """The key, if it is not a key of jax.random."""
     dtype = getattr(key, "dtype", None)
     if key is None or (dtype is not None and (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32)):
         return []
@@ -450,16 +455,16 @@ def unusable_key(key: Any) -> list[str]:
 
 
 def unusable_pad(pad_token: Any, vocab_size: int) -> list[str]:
-    """A token for padding that the vocabulary does not have."""
+    """The padding token, if it is not in the vocabulary."""
     if isinstance(pad_token, numbers.Integral) and pad_token in range(vocab_size):
         return []
     return [f"pad_token is {pad_token!r}  expected: a token id from 0 to {vocab_size - 1}"]
 
 
 def unusable_params(model: nn.Module, params: Any) -> list[str]:
-    """What keeps a tree from being the model's parameters, with or without adapters."""
+    """The parameters that differ from the model's. Adapters are ignored."""
     if not isinstance(params, Mapping):
-        return [f"params is a {type(params).__name__}  expected: the tree of parameters that load_model gives"]
+        return [f"params is a {type(params).__name__}  expected: the tree of parameters that load_model returns"]
     leaves = flatten(params)
     offenders = []
     for path, shape in parameter_shapes(model).items():
@@ -470,9 +475,8 @@ def unusable_params(model: nn.Module, params: Any) -> list[str]:
         elif isinstance(leaves[path], jax.ShapeDtypeStruct):
             offenders.append(f"params has {path!r} without values")
     more = len(offenders) - SHOWN
-    return offenders[:SHOWN] + (
-        [f"and {count(more, 'more parameter')} that {'do' if more > 1 else 'does'} not fit"] if more > 0 else []
-    )
+    rest = [f"and {count(more, 'more parameter that does', 'more parameters that do')} not fit"] if more > 0 else []
+    return offenders[:SHOWN] + rest
 
 
 @functools.lru_cache(maxsize=16)
@@ -482,25 +486,25 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {path: leaf.shape for path, leaf in flatten(params).items()}
 
 
-def misfits(
+def unusable_tokens(
     config: Any, rows: Sequence[Int[np.ndarray, "time"]], stops: Int[np.ndarray, "stops"], max_new_tokens: int
 ) -> list[str]:
-    """What the model has no embedding for: tokens and places."""
+    """Tokens outside the vocabulary, and prompts with more tokens than the model has positions."""
     offenders = []
     for name, ids in [*((f"prompt {n}", row) for n, row in enumerate(rows)), ("stop_tokens", stops)]:
         unknown = [token for token in ids.tolist() if token not in range(config.vocab_size)]
         if unknown:
             offenders.append(f"{name} has {quoted(unknown)}, the vocabulary 0 to {config.vocab_size - 1}")
-    positions = positions_of(config)
+    positions = num_positions(config)
     if positions is not None and isinstance(max_new_tokens, numbers.Integral):
         offenders += [
-            f"prompt {n} has {len(row)} tokens and is to get {max_new_tokens} more, the model has {positions} positions"
+            f"prompt {n} has {len(row)} tokens, plus {max_new_tokens} new ones, but the model has {positions} positions"
             for n, row in enumerate(rows)
             if len(row) + max_new_tokens > positions
         ]
     return offenders
 
 
-def positions_of(config: Any) -> int | None:
-    """How many tokens a text may have; None where positions are not learned but computed."""
+def num_positions(config: Any) -> int | None:
+    """The largest number of tokens of a text; None if positions are computed, not learned."""
     return getattr(config, "num_positions", None)

@@ -2,7 +2,7 @@
 
 Module and parameter names are those of the Hugging Face checkpoint (`h_0/attn/c_attn/kernel` for
 `transformer.h.0.attn.c_attn.weight`, which is stored `(in, out)` there too), every projection is a two-axis kernel, and
-there is no dropout: the base is frozen in fine-tuning, and adapters have their own.
+there is no dropout: the base is frozen in fine-tuning, and adapters have separate dropout.
 
 Source:
     Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
@@ -30,7 +30,7 @@ from jlora.models.layers import (
     join_heads,
     last_tokens,
     layer_norm,
-    look,
+    make_attention_context,
     make_layers,
     run_layers,
     split_heads,
@@ -41,28 +41,28 @@ HEADS = ("causal_lm", "classification", "token_classification")
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt2Config:
-    """The shape of a GPT-2, and how it is computed.
+    """The sizes and settings of a GPT-2.
 
     Args:
         vocab_size: tokens in the vocabulary.
         hidden_size: width of the residual stream.
-        num_layers: blocks.
-        num_heads: attention heads.
-        num_positions: learned positions, the most tokens that a text may have.
+        num_layers: number of blocks.
+        num_heads: number of attention heads.
+        num_positions: number of learned positions, the largest number of tokens of a text.
         intermediate_size: width inside the MLP; `None` for 4 hidden_size.
         norm_eps: epsilon of every LayerNorm.
-        activation: of the MLP.
+        activation: activation function of the MLP.
         tie_embeddings: the output head is the embedding table, transposed.
-        scale_by_width: scores are divided by sqrt(width of a head).
-        scale_by_layer: scores are divided by the layer's number too, counted from 1.
-        initializer_range: standard deviation of a fresh classifier.
-        dtype: what the matmuls are computed in; norms and softmax use float32 at least.
-        param_dtype: what `init` makes the parameters in.
-        scan: one compiled block for all layers, parameters stacked on axis 0 under `h`.
+        scale_by_width: divide the scores by sqrt(width of a head).
+        scale_by_layer: also divide the scores by the layer's number, counted from 1.
+        initializer_range: standard deviation of a new classification head.
+        dtype: dtype of the matmuls; norms and softmax use float32 at least.
+        param_dtype: dtype of the parameters that `init` creates.
+        scan: compile one block for all layers, with parameters stacked on axis 0 under `h`.
         remat: recompute each block in the backward pass instead of keeping its activations.
 
     Raises:
-        ValueError: values that make no GPT-2, listed together.
+        ValueError: the values don't define a GPT-2; all are listed.
     """
 
     vocab_size: int
@@ -87,32 +87,32 @@ class Gpt2Config:
         if self.activation not in ACTIVATIONS:
             offenders.append(f"activation is {self.activation!r}, known: {', '.join(ACTIVATIONS)}")
         if self.hidden_size % self.num_heads:
-            offenders.append(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            offenders.append(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if offenders:
-            raise JloraValueError("Gpt2Config", "values that make no GPT-2.", offenders, "correct the config.")
+            raise JloraValueError("Gpt2Config", "the values don't define a GPT-2.", offenders, "correct the config.")
 
     @classmethod
     def from_hf(cls, config: Any, **switches: Any) -> Gpt2Config:
         """Reads transformers' GPT2Config.
 
-        `reorder_and_upcast_attn` asks for scores and softmax in float32, which is how they are computed here anyway.
+        `reorder_and_upcast_attn`, for scores and softmax in float32, is ignored: they are always computed in float32.
 
         Args:
             config: transformers' config.
             switches: dtype, param_dtype, scan, remat.
 
         Raises:
-            ValueError: values that ask for something this model does not compute, all of them listed.
+            ValueError: the config has settings that this model does not support; all are listed.
         """
         offenders = []
         if config.add_cross_attention:
-            offenders.append("add_cross_attention is set: there is nothing here to attend to")
+            offenders.append("add_cross_attention is set: cross-attention is not supported")
         if not getattr(config, "is_causal", True):
-            offenders.append("is_causal is false: only causal attention is computed here")
+            offenders.append("is_causal is false: only causal attention is supported")
         if config.activation_function not in ACTIVATIONS:
             offenders.append(f"activation_function {config.activation_function!r}, known: {', '.join(ACTIVATIONS)}")
         if offenders:
-            problem, fix = "the config asks for another model.", "take a checkpoint without them."
+            problem, fix = "the config has settings that are not supported.", "use a checkpoint without them."
             raise JloraValueError("Gpt2Config", problem, offenders, fix)
         return cls(
             vocab_size=config.vocab_size,
@@ -137,13 +137,13 @@ class Gpt2Config:
 
     @property
     def scales(self) -> list[float]:
-        """What each layer multiplies its scores by."""
+        """The factor of each layer's attention scores."""
         scale = self.head_width**-0.5 if self.scale_by_width else 1.0
         return [scale / (i + 1) if self.scale_by_layer else scale for i in range(self.num_layers)]
 
 
 class Attention(nn.Module):
-    """Causal self-attention; its keys and values are given back for the cache."""
+    """Causal self-attention, which also returns its keys and values for the cache."""
 
     config: Gpt2Config
 
@@ -153,7 +153,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "batch time d"], tuple[Array, Array]]:
         config = self.config
         scale, past = each
-        # Split here and not in the kernel: a transform that reads the kernel meets it whole.
+        # The output is split, not the kernel, so that a function transform sees the whole kernel.
         parts = jnp.split(dense(config, 3 * config.hidden_size, "c_attn")(x), 3, axis=-1)
         q, k, v = (split_heads(part, config.num_heads) for part in parts)
         y = attend(q, k, v, bias, scale=jnp.asarray(scale, q.dtype), past=past)
@@ -161,7 +161,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The wide pair of projections."""
+    """Two projections, with the activation between them."""
 
     config: Gpt2Config
 
@@ -174,7 +174,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, each on a normed copy of the residual stream."""
+    """Attention, then the MLP, each on a normalized copy of the residual stream."""
 
     config: Gpt2Config
 
@@ -200,15 +200,16 @@ class Gpt2(nn.Module):
     >>> model.apply({"params": params}, ids, method="hidden").shape
     (1, 4, 8)
 
-    With `cache=model.init_cache(batch, length)` a call gives (logits, cache), and the next call goes on from there.
+    With `cache=model.init_cache(batch, length)` a call returns (logits, cache), and the next call continues from that
+    cache.
 
     Args:
-        config: its shape.
-        origin: the checkpoint it comes from, None for a model made by hand.
-        head_type: "causal_lm" gives logits (batch, time, vocab); "classification" (batch, labels), read at each row's
-            last token that is not padding; "token_classification" (batch, time, labels).
-        num_labels: how many labels a classifier has.
-        pad_token_id: what a classifier of texts takes for padding beside what the mask leaves out.
+        config: the sizes of the model.
+        origin: the checkpoint of the model, None for a model that is not from a checkpoint.
+        head_type: "causal_lm" returns logits (batch, time, vocab); "classification" (batch, labels), computed at each
+            row's last token that is not padding; "token_classification" (batch, time, labels).
+        num_labels: number of labels of a classification head.
+        pad_token_id: the token that sequence classification treats as padding, in addition to masked tokens.
 
     Raises:
         ValueError: an unknown head_type.
@@ -229,17 +230,17 @@ class Gpt2(nn.Module):
 
     @property
     def lora_layout(self) -> dict[str, str] | None:
-        """What `wrap` has to be told of the kernels: that those of scanned layers are stacked."""
+        """The `layout` argument of `wrap`: kernels of scanned layers are stacked."""
         return {r"(?P<stack>h)/.*/kernel": "sio"} if self.config.scan else None
 
     @property
     def label_module(self) -> str:
-        """The module whose outputs are the labels' logits, under transformers' name for it."""
+        """The name of the module that computes the logits of the labels, as in transformers."""
         return "classifier" if self.head_type == "token_classification" else "score"
 
     @property
     def pools_apart(self) -> bool:
-        """Whether a classifier reads states that are pooled outside of torch's model."""
+        """Whether a classifier reads states that are pooled outside of the torch model."""
         return False
 
     def __post_init__(self):
@@ -266,7 +267,7 @@ class Gpt2(nn.Module):
         """An empty cache for `batch` rows of at most `length` tokens.
 
         Raises:
-            ValueError: more tokens than positions.
+            ValueError: there are more tokens than positions.
         """
         config = self.config
         check_length(config, length)
@@ -281,25 +282,25 @@ class Gpt2(nn.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """The final hidden states (batch, time, d), normed: what the head multiplies. With a cache, that too.
+        """The final normalized hidden states (batch, time, d), the input of the head. With a cache, (states, cache).
 
         Raises:
-            ValueError: more tokens than positions. A packed row may be longer, as positions count within each text; a
-                text in it that is too long gives NaN.
+            ValueError: there are more tokens than positions. A packed row may be longer, because positions count
+                within each text; a text in it that is too long results in NaN.
         """
         config = self.config
         if cache is None and segment_ids is None:
             check_length(config, input_ids.shape[1])
-        sight = look(input_ids, attention_mask, segment_ids, cache)
+        context = make_attention_context(input_ids, attention_mask, segment_ids, cache)
         pairs = None if cache is None else cache.layers
         if config.scan:
             each: Any = (jnp.array(config.scales), pairs)
         else:
             each = [(scale, None if pairs is None else pairs[i]) for i, scale in enumerate(config.scales)]
-        x = self.wte(input_ids) + self.wpe(sight.positions)
-        x, new = run_layers(self.h, x, each, sight.bias())
+        x = self.wte(input_ids) + self.wpe(context.positions)
+        x, new = run_layers(self.h, x, each, context.bias())
         x = self.ln_f(x)
-        return x if cache is None else (x, cache.write(new, sight.segments, after=x))
+        return x if cache is None else (x, cache.write(new, context.segments, after=x))
 
     def head(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch logits"]:
         """Logits of hidden states, in the compute dtype."""
@@ -315,14 +316,13 @@ class Gpt2(nn.Module):
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
     ) -> Any:
-        """Logits of the head. With a cache, (logits, the cache with these tokens in it).
+        """Logits of the head. With a cache, (logits, the cache with these tokens added).
 
         Args:
             input_ids: token ids.
             attention_mask: 1 for a token, 0 for padding on either side.
-            segment_ids: packed texts, each with a number of its own from 1; 0 for padding. Not for a classifier of
-                texts.
-            cache: from `init_cache` or from the call before. Not for a classifier of texts.
+            segment_ids: packed texts, numbered from 1; 0 for padding. Not for sequence classification.
+            cache: from `init_cache` or from the previous call. Not for sequence classification.
         """
         if self.head_type == "classification":
             check_one_text_per_row("Gpt2", segment_ids, cache)
@@ -334,7 +334,7 @@ class Gpt2(nn.Module):
 
 def check_length(config: Gpt2Config, length: int) -> None:
     if length > config.num_positions:
-        problem = f"{length} tokens, but there are positions for {config.num_positions}."
+        problem = f"the input has {length} tokens, but the model has {config.num_positions} positions."
         raise JloraValueError("Gpt2", problem, (), "truncate the input.")
 
 

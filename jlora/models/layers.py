@@ -1,8 +1,8 @@
-"""What the models share: activations, a stack of layers, who sees whom, attention, and the cache of a decoder.
+"""Shared parts of the models: activations, the stack of layers, attention masks, attention, and the decoder's cache.
 
-Tokens are told apart by *segments*, int32 (batch, time): 0 is padding, wherever it stands; any other number is a text
-of its own, so an attention mask of zeros and ones is one case and a packed batch another. Positions count from each
-segment's first token.
+Each token has a *segment* number, int32 (batch, time): 0 is padding at any place, and every other number is a separate
+text. An attention mask of zeros and ones and a packed batch are both special cases. Positions count from the first
+token of each segment.
 """
 
 import functools
@@ -16,17 +16,17 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.errors import JloraValueError
+from jlora.errors import JloraValueError, count
 
 
 def gelu(x: Array) -> Array:
-    """GELU by the error function, exact. Source: Hendrycks & Gimpel, arXiv:1606.08415, section 2."""
+    """GELU with the error function, without approximation. Source: Hendrycks & Gimpel, arXiv:1606.08415, section 2."""
     return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 gelu_tanh = functools.partial(jax.nn.gelu, approximate=True)
 
-# By the names of transformers' ACT2FN. Those with parameters (prelu, xielu) are left out.
+# The keys are those of transformers' ACT2FN. Activations with parameters (prelu, xielu) are not supported.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_new": gelu_tanh,
@@ -52,13 +52,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class Origin(NamedTuple):
-    """The checkpoint a model comes from.
+    """The checkpoint that a model was loaded from.
 
     Args:
         name: the folder, or the name on the hub.
-        config: its config.json, as text.
-        generation: its generation_config.json, None where it has none.
-        folder: the local folder that it was read from, None where there is none.
+        config: text of the config.json.
+        generation: text of the generation_config.json, None if there is no such file.
+        folder: the local folder that it was read from, None if there is none.
         revision: the branch, tag or commit on the hub, None for the default branch or a local folder.
     """
 
@@ -71,13 +71,13 @@ class Origin(NamedTuple):
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the tokens a decoder has seen; its shapes stay as they are while it fills.
+    """Keys and values of the tokens that a decoder has read. Its shapes are fixed.
 
     Args:
-        layers: (keys, values), each (batch, kv_heads, length, width): one pair a layer, or, where the model scans its
+        layers: (keys, values), each (batch, kv_heads, length, width): one pair per layer or, if the model scans its
             layers, one pair with the layers stacked on axis 0.
-        segments: of the tokens seen so far, 0 from `index` on.
-        index: how many slots are filled; the next token goes to this one.
+        segments: segments of the tokens read so far, 0 from `index` on.
+        index: number of filled slots, and the slot of the next token.
     """
 
     layers: Any
@@ -86,7 +86,7 @@ class Cache:
 
     @classmethod
     def empty(cls, batch: int, length: int, *, layers: int, heads: int, width: int, dtype: DTypeLike, scan: bool):
-        """A cache with nothing in it."""
+        """A cache without tokens."""
         shape = (batch, heads, length, width)
         if scan:
             pairs: Any = (jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype))
@@ -95,36 +95,37 @@ class Cache:
         return cls(layers=pairs, segments=jnp.zeros((batch, length), jnp.int32), index=jnp.zeros((), jnp.int32))
 
     def write(self, pairs: Any, segments: Int[Array, "batch time"] | None, after: Float[Array, "..."]) -> "Cache":
-        """The cache with the next tokens in it.
+        """The cache with the next tokens added.
 
         Args:
-            pairs: their keys and values, in the form of `layers`.
-            segments: theirs.
-            after: computed from all that is read of the cache, so that it is written in place, not copied first.
+            pairs: keys and values of the tokens, in the form of `layers`.
+            segments: segments of the tokens.
+            after: an array computed from everything that is read from the cache, so that XLA writes in place after the
+                reads and makes no copy.
         """
-        assert segments is not None, "`look` gives every call with a cache its segments"
-        # Nothing but a data dependence orders a write after the reads; XLA keeps a float's product with zero.
+        assert segments is not None, "`make_attention_context` sets the segments of every call with a cache"
+        # Only a data dependence orders a write after the reads; XLA does not simplify the product of a float and zero.
         index = self.index + jnp.nan_to_num(0 * after[(0,) * after.ndim]).astype(jnp.int32)
 
-        def put(slots: Array, new: Array, axis: int) -> Array:
+        def write_slots(slots: Array, new: Array, axis: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), index, axis)
 
         return Cache(
-            layers=jax.tree.map(lambda slots, new: put(slots, new, slots.ndim - 2), self.layers, pairs),
-            segments=put(self.segments, segments, 1),
+            layers=jax.tree.map(lambda slots, new: write_slots(slots, new, slots.ndim - 2), self.layers, pairs),
+            segments=write_slots(self.segments, segments, 1),
             index=self.index + segments.shape[1],
         )
 
 
-class Sight(NamedTuple):
-    """Where the tokens of a call stand and what they may see, once for all layers.
+class AttentionContext(NamedTuple):
+    """The positions of a call's tokens and the tokens that they may attend to, computed once for all layers.
 
     Args:
-        segments: of the call's tokens; None where there is no padding, no packing and no cache.
-        positions: of the call's tokens within their segments.
-        queries: the tokens' places in the row, counted over the cache.
-        keys: the places of what can be seen: the cache's slots, if any, then the call's tokens.
-        key_segments: their segments.
+        segments: segments of the call's tokens; None if there is no padding, no packing and no cache.
+        positions: positions of the call's tokens within their segments.
+        queries: indices of the call's tokens in the row, including the tokens in the cache.
+        keys: indices of the tokens to attend to: the slots of the cache, if any, then the call's tokens.
+        key_segments: segments of `keys`.
     """
 
     segments: Int[Array, "batch time"] | None
@@ -134,11 +135,11 @@ class Sight(NamedTuple):
     key_segments: Int[Array, "batch source"] | None
 
     def bias(self, *, causal: bool = True, window: int | None = None) -> Float[Array, "batch 1 time source"]:
-        """What is added to the scores: 0 where a query may look, a large negative number where not.
+        """The bias of the scores: 0 where a query may attend to a key, else a large negative number.
 
         Args:
-            causal: a query sees no later token.
-            window: a query sees tokens that are less than this many places away, before it and, where attention is not
+            causal: a query attends to no later token.
+            window: a query attends to tokens at a distance below this number, before it and, if attention is not
                 causal, after it.
         """
         distance = self.queries[:, None] - self.keys[None, :]
@@ -152,41 +153,42 @@ class Sight(NamedTuple):
         return jnp.where(visible, 0.0, -1e30).astype(jnp.float32)
 
 
-def look(
+def make_attention_context(
     input_ids: Int[Array, "batch time"],
     attention_mask: Int[Array, "batch time"] | None,
     segment_ids: Int[Array, "batch time"] | None,
     cache: Cache | None,
-) -> Sight:
-    """Where the tokens of a call stand."""
+) -> AttentionContext:
+    """The attention context of a call with these tokens."""
     time = input_ids.shape[1]
     segments = None if segment_ids is None else segment_ids.astype(jnp.int32)
     if attention_mask is not None:
         mask = attention_mask.astype(jnp.int32)
         segments = mask if segments is None else segments * mask
-    places = jnp.arange(time)
+    indices = jnp.arange(time)
     if cache is None:
-        positions = places[None] if segments is None else segment_positions(segments)
-        return Sight(segments, positions, places, places, segments)
+        positions = indices[None] if segments is None else segment_positions(segments)
+        return AttentionContext(segments, positions, indices, indices, segments)
     if segments is None:
         segments = jnp.ones_like(input_ids, jnp.int32)
     slots = cache.segments.shape[1]
     row = jax.lax.dynamic_update_slice_in_dim(cache.segments, segments, cache.index, axis=1)
     positions = jax.lax.dynamic_slice_in_dim(segment_positions(row), cache.index, time, axis=1)
-    queries = cache.index + places
+    queries = cache.index + indices
     keys = jnp.concatenate([jnp.arange(slots), queries])
-    return Sight(segments, positions, queries, keys, jnp.concatenate([cache.segments, segments], axis=1))
+    key_segments = jnp.concatenate([cache.segments, segments], axis=1)
+    return AttentionContext(segments, positions, queries, keys, key_segments)
 
 
 def segment_positions(segments: Int[Array, "batch time"]) -> Int[Array, "batch time"]:
-    """Every token's distance from the first of its segment.
+    """The distance of every token from the first token of its segment.
 
     >>> segment_positions(jnp.array([[0, 0, 1, 1, 1, 2, 2]])).tolist()
     [[0, 1, 0, 1, 2, 0, 1]]
     """
-    places = jnp.arange(segments.shape[1])[None]
+    indices = jnp.arange(segments.shape[1])[None]
     starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
-    return places - jax.lax.cummax(jnp.where(starts, places, 0), axis=1)
+    return indices - jax.lax.cummax(jnp.where(starts, indices, 0), axis=1)
 
 
 def attend(
@@ -199,20 +201,20 @@ def attend(
     softcap: float | None = None,
     past: tuple[Array, Array] | None = None,
 ) -> Float[Array, "batch heads time width"]:
-    """Softmax attention, heads before time, the softmax in float32 at least.
+    """Softmax attention with the heads axis before time. The softmax uses float32 at least.
 
-    Batch and heads stay the leading axes of both contractions, which is the only order XLA's CPU backend multiplies
-    without transposing first. The past is read where it lies: its scores and the call's are joined, and neither its
-    keys nor its values are copied.
+    Batch and heads are the leading axes of both contractions, the only order that XLA's CPU backend multiplies without
+    a transpose. The scores of the past and of the call's tokens are concatenated, so that no copy of the cached keys
+    and values is made.
 
     Args:
         q: queries.
-        k: keys of the call's own tokens, their heads shared by groups of query heads.
+        k: keys of the call's tokens; groups of query heads share a head.
         v: values.
         bias: added to the scores.
-        scale: of the scores; None for 1 / sqrt(width).
-        softcap: c keeps scores between -c and c by c tanh(score / c). Source: Gemma 2 (arXiv:2408.00118), section 2.
-        past: keys and values from the cache, which stand before the call's own in `bias`.
+        scale: factor of the scores; None for 1 / sqrt(width).
+        softcap: c limits scores to -c and c by c tanh(score / c). Source: Gemma 2 (arXiv:2408.00118), section 2.
+        past: keys and values from the cache; in `bias` they come before those of the call.
     """
     batch, heads, time, width = q.shape
     kv = k.shape[1]
@@ -250,13 +252,13 @@ def layer_norm(epsilon: float, *, dtype: DTypeLike, param_dtype: DTypeLike, name
 
 
 def make_layers(block: type[nn.Module], *args: Any, count: int, scan: bool, remat: bool) -> Any:
-    """The layers of a model, for `run_layers`: a list, or one module that holds them stacked on axis 0.
+    """The layers of a model, for `run_layers`: a list, or one module with the layers stacked on axis 0.
 
     Args:
-        block: its call takes (x, each, shared) and returns (x, out).
-        args: what makes one.
-        count: how many.
-        scan: one compiled body for all.
+        block: class of a layer, whose call takes (x, each, shared) and returns (x, out).
+        args: arguments of the class.
+        count: number of layers.
+        scan: compile one body for all layers.
         remat: recompute each layer in the backward pass instead of keeping its activations.
     """
     lifted: Any = nn.remat(block, prevent_cse=not scan) if remat else block
@@ -272,13 +274,13 @@ def run_layers(layers: Any, x: Array, each: Any, shared: Any) -> tuple[Array, An
 
     Args:
         layers: from `make_layers`.
-        x: what the first layer reads.
-        each: what each layer is given: a list of trees, or one tree stacked on axis 0 where layers are scanned; None
-            for nothing.
-        shared: what all are given.
+        x: input of the first layer.
+        each: separate inputs of the layers: a list of trees, or one tree stacked on axis 0 if layers are scanned; None
+            if there are none.
+        shared: input of all layers.
 
     Returns:
-        What the last layer gives, and each layer's second result in the form of `each`.
+        The output of the last layer, and the second result of each layer in the form of `each`.
     """
     if not isinstance(layers, list | tuple):
         return layers(x, each, shared)
@@ -295,39 +297,47 @@ def last_tokens(
     attention_mask: Int[Array, "batch time"] | None,
     pad_token_id: int | None,
 ) -> Float[Array, "batch d"]:
-    """The state of each row's last token that is not padding, whichever side the padding is on.
+    """The state of each row's last token that is not padding, for padding on either side.
 
-    As in transformers, a token with the padding's id counts as padding even where it is attended to. A row of padding
-    alone gives its first token's state.
+    As in transformers, a token with `pad_token_id` counts as padding even if its mask is 1. For a row of padding only,
+    it is the state of the first token.
 
     Args:
         hidden: the states.
-        input_ids: their tokens.
-        attention_mask: 0 for padding; None for no padding beside that of the id.
-        pad_token_id: the id of the padding; None where the mask alone says what is padding.
+        input_ids: the tokens of the states.
+        attention_mask: 0 for padding; None means that only tokens with `pad_token_id` are padding.
+        pad_token_id: id of the padding token; None means that only the mask marks padding.
     """
-    kept = jnp.ones_like(input_ids, bool) if attention_mask is None else attention_mask.astype(bool)
+    is_token = jnp.ones_like(input_ids, bool) if attention_mask is None else attention_mask.astype(bool)
     if pad_token_id is not None:
-        kept = kept & (input_ids != pad_token_id)
-    last = jnp.where(kept, jnp.arange(input_ids.shape[1]), 0).max(axis=1)
+        is_token = is_token & (input_ids != pad_token_id)
+    last = jnp.where(is_token, jnp.arange(input_ids.shape[1]), 0).max(axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def check_one_text_per_row(who: str, segment_ids: Any, cache: Any) -> None:
-    """Raises where a classifier of texts is given packed rows, or a cache."""
-    given = {"segment_ids": segment_ids, "cache": cache}
-    offenders = [name for name, value in given.items() if value is not None]
+    """Raises an error if sequence classification gets packed rows or a cache.
+
+    Raises:
+        ValueError: an argument is not None; all such arguments are listed.
+    """
+    arguments = {"segment_ids": segment_ids, "cache": cache}
+    offenders = [name for name, value in arguments.items() if value is not None]
     if offenders:
         fix = "leave them out, or load the model with head='causal_lm'."
-        raise JloraValueError(who, "a classifier reads each row as one whole text.", offenders, fix)
+        raise JloraValueError(who, "sequence classification reads each row as one whole text.", offenders, fix)
 
 
 def check_choice(who: str, **choices: tuple[Any, Sequence[Any]]) -> None:
-    """Raises where a value is none of those known, all of them listed."""
+    """Raises an error if a value is not one of the known ones.
+
+    Raises:
+        ValueError: a value is unknown; all such values are listed.
+    """
     offenders = [
         f"{name} is {value!r}, known: {', '.join(map(str, known))}"
         for name, (value, known) in choices.items()
         if value not in known
     ]
     if offenders:
-        raise JloraValueError(who, "unknown choice.", offenders, "take one of those known.")
+        raise JloraValueError(who, f"{count(len(offenders), 'unknown value')}.", offenders, "choose a known value.")

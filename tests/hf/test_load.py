@@ -165,7 +165,7 @@ def test_an_unknown_model_type_names_the_known_ones(tmp_path):
 @pytest.mark.parametrize("values", [{"is_decoder": True}, {"position_embedding_type": "relative_key"}])
 def test_a_config_that_asks_for_another_model_is_an_error(tmp_path, values):
     text = message(write(tmp_path, tensors(), **values))
-    assert text.startswith("BertConfig: the config asks for another model.\n  " + next(iter(values)))
+    assert text.startswith("BertConfig: the config has settings that are not supported.\n  " + next(iter(values)))
 
 
 def test_a_folder_without_config_is_an_error(tmp_path):

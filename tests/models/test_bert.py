@@ -1,4 +1,4 @@
-"""BERT against torch's, from checkpoints made on the spot."""
+"""BERT against torch's, from checkpoints that the tests create."""
 
 import importlib.util
 import re
@@ -180,7 +180,7 @@ def test_hidden_states_equal_torch_with_every_activation(tmp_path, activation):
     np.testing.assert_allclose(run_jax(loaded, *inputs), expected, atol=TOLERANCE, rtol=0)
 
 
-def test_mask_and_token_types_are_all_ones_and_zeros_where_left_out(tmp_path):
+def test_mask_and_token_types_default_to_ones_and_zeros(tmp_path):
     oracle = make(transformers.BertForSequenceClassification, tiny())
     oracle.save_pretrained(tmp_path)
     ids, mask, _ = padded("none")
@@ -271,15 +271,17 @@ def test_minilm_sentence_means_equal_torch():
 
 def test_more_tokens_than_positions_is_an_error():
     model = Bert(BertConfig(**SMALL))
-    with pytest.raises(ValueError, match=r"^Bert: 9 tokens, but there are positions for 8\.\nFix: truncate"):
+    with pytest.raises(
+        ValueError, match=r"^Bert: the input has 9 tokens, but the model has 8 positions\.\nFix: truncate"
+    ):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 9), jnp.int32))
 
 
-def test_values_that_make_no_bert_are_listed_in_one_error():
+def test_values_that_do_not_define_a_bert_are_listed_in_one_error():
     with pytest.raises(ValueError) as error:
         BertConfig(hidden_act="gelly", hidden_size=10, num_attention_heads=3)
     assert "hidden_act is 'gelly', known: gelu, gelu_new, " in str(error.value)
-    assert "hidden_size 10 is no multiple of num_attention_heads 3" in str(error.value)
+    assert "hidden_size 10 is not a multiple of num_attention_heads 3" in str(error.value)
 
 
 def test_unknown_head_and_pooling_are_listed_in_one_error():

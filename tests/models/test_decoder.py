@@ -1,4 +1,4 @@
-"""The decoder against torch's Llama, Mistral, Qwen and Gemma, from checkpoints made on the spot, and against itself."""
+"""The decoder against itself and torch's Llama, Mistral, Qwen and Gemma, from checkpoints that the tests create."""
 
 import functools
 import json
@@ -155,7 +155,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_logits_equal_torch_however_they_are_padded_and_through_the_cache(checkpoint, scan):
+def test_logits_equal_torch_with_any_padding_and_through_the_cache(checkpoint, scan):
     folder, oracle = checkpoint
     loaded = load_model(folder, scan=scan)
     for side in ("none", "left", "right"):
@@ -182,7 +182,7 @@ def test_packed_texts_are_each_as_if_alone(tmp_path):
 
 
 @pytest.mark.parametrize("rope", [plain(700.0), LLAMA3], ids=["default", "llama3"])
-def test_older_and_newer_config_styles_say_the_same(tmp_path, rope):
+def test_older_and_newer_config_styles_are_equivalent(tmp_path, rope):
     oracle = make("llama", rope_parameters=rope)
     oracle.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
@@ -198,7 +198,7 @@ def test_older_and_newer_config_styles_say_the_same(tmp_path, rope):
 
 
 @pytest.mark.parametrize("family", ["mistral window", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"])
-def test_every_familys_older_config_says_what_its_newer_one_does(tmp_path, family):
+def test_the_older_config_of_every_family_is_equivalent_to_the_newer_one(tmp_path, family):
     make(family).save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     config, newer = json.loads(file.read_text()), load_model(tmp_path).model.config
@@ -311,16 +311,18 @@ def test_sizes_that_do_not_fit_are_listed_together():
         )
     assert str(error.value) == (
         "DecoderConfig: 4 sizes do not fit.\n"
-        "  hidden_size 10 is no multiple of num_heads 4\n"
-        "  num_heads 4 is no multiple of num_kv_heads 3\n"
-        "  a sliding_window of 0 tokens sees nothing\n"
+        "  hidden_size 10 is not a multiple of num_heads 4\n"
+        "  num_heads 4 is not a multiple of num_kv_heads 3\n"
+        "  a sliding_window of 0 tokens includes no token\n"
         "  2 sliding_layers for 1 layers\n"
         "Fix: correct them, or pass head_dim."
     )
 
 
 def test_an_unknown_rope_or_activation_is_an_error():
-    with pytest.raises(ValueError, match=r"Rope: unknown choice\.\n  kind is 'llama4', known: default, linear, llama3"):
+    with pytest.raises(
+        ValueError, match=r"Rope: 1 unknown value\.\n  kind is 'llama4', known: default, linear, llama3"
+    ):
         Rope(kind="llama4")
     with pytest.raises(ValueError, match="activation is 'swish2', known: gelu"):
         DecoderConfig(**SIZES, activation="swish2")
@@ -338,7 +340,7 @@ def test_an_unknown_rope_or_activation_is_an_error():
         ({"rope_parameters": plain(9.0) | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ],
 )
-def test_a_config_that_asks_for_what_is_not_computed_is_an_error(tmp_path, changes, words):
+def test_a_config_with_unsupported_settings_is_an_error(tmp_path, changes, words):
     make("llama").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -470,11 +472,11 @@ def test_attention_in_both_directions_equals_torch(scan, tmp_path):
     save_model(tmp_path / "again", loaded.model, loaded.params)
     again = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "again", attn_implementation="eager").eval()
     np.testing.assert_allclose(run_torch(again, ids, mask), expected, atol=TOLERANCE, rtol=0)
-    with pytest.raises(ValueError, match="attention in both directions needs no cache"):
+    with pytest.raises(ValueError, match="a model with attention in both directions has no cache"):
         loaded.model.init_cache(1, 8)
 
 
-def test_attention_that_is_not_computed_is_refused(tmp_path):
+def test_unsupported_attention_is_refused(tmp_path):
     make("llama").save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"is_causal": False}))

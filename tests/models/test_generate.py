@@ -1,4 +1,4 @@
-"""Generation against transformers' in torch, against itself run otherwise, and in the shell."""
+"""Generation against transformers' in torch, against itself with other settings, and in the shell."""
 
 import io
 import json
@@ -231,7 +231,7 @@ def test_streamed_tokens_are_those_generated(llama, prompts, sampled):
     assert (stopped[:, steps.shape[1] :] == 99).all()
 
 
-def test_a_rows_draws_depend_neither_on_the_other_rows_nor_on_how_many_tokens_are_asked_for(llama, prompts):
+def test_a_rows_draws_depend_neither_on_the_other_rows_nor_on_the_number_of_tokens(llama, prompts):
     options = {"temperature": 1.5, "key": jax.random.key(8)}
     same = generate(llama.model, llama.params, [prompts[1]] * 3, max_new_tokens=NEW, **options)
     other = generate(llama.model, llama.params, [prompts[1], prompts[0], prompts[2]], max_new_tokens=17, **options)
@@ -302,7 +302,7 @@ def test_learned_positions_can_be_used_to_the_last_and_no_further():
     best = jax.jit(model.apply)({"params": params}, ids, mask).argmax(axis=-1)
     for row, new, likeliest in zip(rows, found, best, strict=True):
         np.testing.assert_array_equal(new, likeliest[len(row) - 1 :][:10])
-    with pytest.raises(ValueError, match="prompt 0 has 12 tokens and is to get 11 more, the model has 22 positions"):
+    with pytest.raises(ValueError, match="prompt 0 has 12 tokens, plus 11 new ones, but the model has 22 positions"):
         generate(model, params, rows, max_new_tokens=11)
 
 
@@ -380,13 +380,13 @@ def test_stories260k_tells_the_story_of_its_page_and_is_as_surprised_as_torch_by
         ({"stop_tokens": None}, "stop_tokens has None, the vocabulary 0 to 257"),
         ({"stop_tokens": [[1], [2, 3]]}, "stop_tokens has [1], [2, 3], the vocabulary 0 to 257"),
         ({"key": 7}, "key is 7  expected: jax.random.key(seed)"),
-        ({"input_ids": ["a"]}, "input_ids and attention_mask have two axes: (batch, time)"),
+        ({"input_ids": ["a"]}, "input_ids and attention_mask must have two axes: (batch, time)"),
         ({"input_ids": [["a"]]}, "prompt 0 has 'a', the vocabulary 0 to 257"),
-        ({"input_ids": None}, "input_ids and attention_mask have two axes: (batch, time)"),
+        ({"input_ids": None}, "input_ids and attention_mask must have two axes: (batch, time)"),
         ({"input_ids": [[2**70]]}, f"prompt 0 has {2**70}, the vocabulary 0 to 257"),
-        ({"attention_mask": "x"}, "input_ids and attention_mask have two axes"),
+        ({"attention_mask": "x"}, "input_ids and attention_mask must have two axes"),
         ({"max_new_tokens": "x"}, "max_new_tokens is 'x'  expected: a whole number from 1"),
-        ({"params": None}, "params is a NoneType  expected: the tree of parameters that load_model gives"),
+        ({"params": None}, "params is a NoneType  expected: the tree of parameters that load_model returns"),
         ({"params": {}}, "params has no 'embed_tokens/embedding'"),
     ],
 )
@@ -509,7 +509,7 @@ def test_a_chat_shows_the_reply_alone(folder, llama, shell, tmp_path):
     assert shell(tmp_path / "chat", "hi", "--chat", "--max-new-tokens", 12).getvalue() == reply + "\n"
 
 
-def test_mistakes_in_the_shell_are_told_without_a_traceback(folder, tmp_path, capsys):
+def test_mistakes_in_the_shell_are_reported_without_a_traceback(folder, tmp_path, capsys):
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
     for args, words in (
         (

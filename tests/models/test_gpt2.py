@@ -100,7 +100,7 @@ def close(one, other, tolerance):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=tolerance), one, other)
 
 
-def test_logits_equal_torch_whichever_side_is_padded(loaded, checkpoint):
+def test_logits_equal_torch_with_padding_on_either_side(loaded, checkpoint):
     (ids, mask), expected = texts(), checkpoint[1]
     logits = np.asarray(run(loaded.model, loaded.params, ids, mask))
     np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=TOLERANCE, rtol=0)
@@ -110,7 +110,7 @@ def test_logits_equal_torch_whichever_side_is_padded(loaded, checkpoint):
 
 def test_packed_texts_have_the_logits_of_each_alone(loaded, checkpoint):
     ids, expected = texts()[0], checkpoint[1]
-    # Longer than there are positions: they count within each text.
+    # Longer than the number of positions, which count within each text.
     row = np.concatenate([ids[2, :SHORT], [0], ids[0], [0, 0]])[None]
     segments = np.array([2] * SHORT + [0] + [1] * TIME + [0, 0])[None]
     assert row.shape[1] > loaded.model.config.num_positions
@@ -201,18 +201,18 @@ def test_head_of_hidden_is_the_whole_model_in_bfloat16_near_torch(loaded, checkp
 
 def test_more_tokens_than_positions_is_an_error():
     model = Gpt2(Gpt2Config(vocab_size=11, hidden_size=8, num_layers=1, num_heads=2, num_positions=8))
-    message = r"^Gpt2: 9 tokens, but there are positions for 8\.\nFix: truncate"
+    message = r"^Gpt2: the input has 9 tokens, but the model has 8 positions\.\nFix: truncate"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 9), jnp.int32))
     with pytest.raises(ValueError, match=message):
         model.init_cache(1, 9)
 
 
-def test_values_that_make_no_gpt2_are_listed_in_one_error():
+def test_values_that_do_not_define_a_gpt2_are_listed_in_one_error():
     with pytest.raises(ValueError) as error:
         Gpt2Config(vocab_size=11, hidden_size=10, num_layers=1, num_heads=3, activation="gelly")
     assert "activation is 'gelly', known: gelu, gelu_new, " in str(error.value)
-    assert "hidden_size 10 is no multiple of num_heads 3" in str(error.value)
+    assert "hidden_size 10 is not a multiple of num_heads 3" in str(error.value)
     with pytest.raises(ValueError) as error:
         Gpt2Config.from_hf(transformers.GPT2Config(add_cross_attention=True, activation_function="prelu"))
     assert "add_cross_attention is set" in str(error.value) and "activation_function 'prelu'" in str(error.value)

@@ -121,7 +121,7 @@ def wrapped(loaded):
 
 
 @pytest.mark.parametrize(("name", "head"), CASES)
-def test_a_classifiers_logits_equal_torch_whichever_side_is_padded(name, head, tmp_path):
+def test_a_classifiers_logits_equal_torch_with_padding_on_either_side(name, head, tmp_path):
     oracle = make(name, head, tmp_path)
     loaded = load_model(tmp_path, scan=name in ("Qwen2", "GPT2"))
     assert loaded.model.head_type == head and loaded.new == ()
@@ -197,7 +197,7 @@ def test_a_new_head_on_a_language_model_is_saved_and_adapted_as_torch_and_peft_r
     np.testing.assert_allclose(logits, expected, atol=1e-5, rtol=0)
 
 
-def test_an_adapter_of_pefts_own_making_is_read(tmp_path):
+def test_an_adapter_that_peft_trained_is_read(tmp_path):
     base = make("GPT2", "classification", tmp_path / "base")
     config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["c_attn"])
     config.fan_in_fan_out, config.init_lora_weights = True, False
@@ -212,7 +212,7 @@ def test_an_adapter_of_pefts_own_making_is_read(tmp_path):
     np.testing.assert_allclose(run_jax(loaded.model, params, ids, mask), expected, atol=TOLERANCE * 4, rtol=0)
 
 
-def test_what_a_classifier_can_not_take_is_one_error(tmp_path):
+def test_arguments_that_a_classifier_cannot_use_are_one_error(tmp_path):
     make("Llama", "classification", tmp_path / "llama")
     loaded = load_model(tmp_path / "llama")
     ids = texts()[0]

@@ -1,4 +1,4 @@
-"""What the models share, against torch's own."""
+"""The shared parts of the models against torch's."""
 
 import jax
 import jax.numpy as jnp

@@ -693,7 +693,7 @@ def test_the_card_names_base_data_settings_metrics_and_how_to_load(jobs):
     [
         ("data", r"run\.mesh = 'data' is no mesh\.\nFix: write it as in"),
         ("dat=1", r"unknown axes\.\n  'dat'\nFix: its axes are data and model"),
-        ("data=2", r"does not fit the devices\.\n  2 is 2 devices, there are 1\nFix: make it smaller"),
+        ("data=2", r"does not fit the devices\.\n  2 needs 2 devices, 1 available\nFix: make it smaller"),
         ("data=0", r"does not fit the devices\.\n  data=0"),
     ],
 )
