@@ -1,4 +1,4 @@
-"""One form for every error: who, what is wrong with every offender, the fix."""
+"""The errors of jlora. All have the same parts: who reports it, what is wrong, every offender, the fix."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class JloraError(Exception):
-    """An error that the user can fix. It is always raised as a subclass that is also a built-in kind of error.
+    """The base class of errors that the user can fix. Every subclass is also a subclass of a built-in exception.
 
     >>> print(JloraValueError("wrap", "1 target matched no kernel.", ["'querry'  nearest: 'query'"], "correct it."))
     wrap: 1 target matched no kernel.
@@ -14,16 +14,16 @@ class JloraError(Exception):
     Fix: correct it.
 
     Args:
-        who: the function or command that refuses.
+        who: the function or command that reports the error.
         problem: what is wrong, in one sentence.
-        offenders: one line for each thing that is wrong.
+        offenders: one line per wrong value, file or leaf.
         fix: what to do.
 
     Attributes:
-        who: as given.
-        problem: as given.
-        offenders: as given, as a tuple.
-        fix: as given.
+        who: the argument.
+        problem: the argument.
+        offenders: the argument, as a tuple.
+        fix: the argument.
     """
 
     def __init__(self, who: str, problem: str, offenders: Iterable[str], fix: str) -> None:
@@ -35,7 +35,7 @@ class JloraError(Exception):
         return "\n".join([*lines, f"Fix: {self.fix}"])
 
     def __reduce__(self) -> Any:
-        """An error from another process is unpickled from its parts, not from its text."""
+        """Pickles the parts, so that an error from another process is rebuilt from them, not from its text."""
         return type(self), (self.who, self.problem, self.offenders, self.fix)
 
 
@@ -44,7 +44,7 @@ class JloraValueError(JloraError, ValueError):
 
 
 class JloraTypeError(JloraError, TypeError):
-    """A value of a kind that can't be used."""
+    """A value of a type that can't be used."""
 
 
 class JloraImportError(JloraError, ImportError):
@@ -52,7 +52,7 @@ class JloraImportError(JloraError, ImportError):
 
 
 class JloraOSError(JloraError, OSError):
-    """The file system refused."""
+    """An operation of the file system failed."""
 
 
 class JloraFileNotFoundError(JloraError, FileNotFoundError):
@@ -64,31 +64,31 @@ class JloraFileExistsError(JloraError, FileExistsError):
 
 
 class JloraBlockingIOError(JloraError, BlockingIOError):
-    """Another process uses a file or folder."""
+    """Another process uses the file or folder."""
 
 
 class JloraNotADirectoryError(JloraError, NotADirectoryError):
-    """A path leads through a file."""
+    """A part of a path is a file, not a folder."""
 
 
 class JloraIsADirectoryError(JloraError, IsADirectoryError):
-    """A folder stands where a file is needed."""
+    """A path is a folder, not a file."""
 
 
 class JloraPermissionError(JloraError, PermissionError):
-    """A file or folder may not be written to."""
+    """A file or folder is not writable."""
 
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> Sequence[str]:
-    """The names most like `name`, best first; at least one if there is any name."""
+    """The names most similar to `name`, best first; at least one if `names` is not empty."""
     return difflib.get_close_matches(name, list(names), n=n, cutoff=0.0)
 
 
 def quoted(names: Iterable[str]) -> str:
-    """Names for a list in an error: "'a', 'b'"."""
+    """Quotes names for a list in an error: "'a', 'b'"; "none" if there is none."""
     return ", ".join(map(repr, names)) or "none"
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 kernel", "3 kernels"."""
+    """A number with its noun, or with a noun and a verb: "1 kernel", "3 kernels", "3 kernels are"."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"

@@ -1,14 +1,14 @@
-"""Adapter checkpoints: the arrays by Orbax, and beside them one small file that says what they belong to.
+"""Adapter checkpoints: arrays in an Orbax folder, and a small JSON file that describes them.
 
 ::
 
     folder/adapter.json       format, targets with rank and alpha, digests, base fingerprint, library versions
     folder/arrays-<unique>/   Orbax: all _lora_ leaves, and the leaves trained in full
-    folder/adapter.saving     while a save runs: the arrays that it writes and replaces
+    folder/adapter.saving     exists during a save: the arrays that it writes and replaces
 
-A save writes a new folder of arrays, then renames a new adapter.json over the old one, then removes the old
-arrays. Whenever it is killed, adapter.json names arrays that are complete, and adapter.saving names what the next
-save has to remove. Nothing else in the folder is ever removed.
+A save writes a new folder of arrays, then renames a new adapter.json over the old one, then removes the old arrays.
+If the save is killed at any moment, adapter.json names complete arrays, and adapter.saving names the arrays that the
+next save has to remove. No other file in the folder is ever removed.
 """
 
 import contextlib
@@ -44,33 +44,33 @@ METADATA, SAVING, DIGESTS = "adapter.json", "adapter.saving", "files.json"
 ARRAYS = re.compile(r"arrays-[0-9a-f]{32}")
 ENTRIES = {"arrays": str, "train": list} | dict.fromkeys(("targets", "leaves", "files", "base", "libraries"), dict)
 LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-SAMPLES = 64  # values hashed of each base leaf
-SHOWN = 20  # differing leaves an error lists
-# Fields of a module that change nothing of what it computes, or nothing but its rounding.
+SAMPLES = 64  # number of values of each base leaf in its digest
+SHOWN = 20  # the largest number of differing leaves that an error lists
+# Fields of a module that don't change its outputs, or only their rounding.
 NO_SETTINGS = ("parent", "name", "origin", "dtype", "param_dtype", "scan", "remat", "initializer_range")
-READS = 100  # attempts to read an adapter that another process keeps replacing
-# What etils takes for a bucket in the cloud: "/gs/..." and any "gs:/".
+READS = 100  # attempts to read an adapter while another process replaces it
+# Names that etils treats as a bucket in the cloud: "/gs/..." and any "gs:/".
 CLOUDS = ("gs", "s3", "az", "hf")
 
 
 def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern = (), model: Any = None) -> None:
     """Saves the adapters of a wrapped tree, and the leaves trained in full.
 
-    Overwrites what an earlier save put into `folder`, and leaves other files there alone. Killed at any
-    moment, the last complete save can still be restored. One process at a time may save into a folder; others may
-    restore from it meanwhile.
+    Overwrites an earlier save in `folder`, and no other files. If the process is killed at any moment, the last
+    complete save can still be restored. Only one process at a time may save into a folder; others may restore from it
+    at the same time.
 
     Args:
-        folder: made if it isn't there.
+        folder: created if it doesn't exist.
         params: a wrapped tree.
-        train: leaves trained in full beside the adapters, as in `split`.
+        train: leaves trained in full in addition to the adapters, as in `split`.
         model: the module that reads the tree, or another dataclass; its settings are saved, and `restore_adapter`
             compares them.
 
     Raises:
-        ValueError: the tree has no adapter, a name in `train` matches nothing, `folder` can't be written to, or its
-            name is one that Orbax can't read back.
-        OSError: the disk gives out while it is written; what was saved before is whole.
+        ValueError: the tree has no adapter, a name in `train` matches nothing, `folder` is not writable, or Orbax can't
+            read a folder of its name.
+        OSError: writing fails, for example because the disk is full; the earlier save is intact.
     """
     targets = read_layouts("save_adapter", params)
     leaves = flatten(params)
@@ -81,11 +81,11 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
     keys = _stored_keys(arrays)
     target = Path(folder).absolute()
     check_name("save_adapter", target)
-    _writable(target)
+    _check_writable(target)
     name = f"arrays-{uuid.uuid4().hex}"
-    replaced = _recorded(target / METADATA) | _recorded(target / SAVING)
-    fix = "make room on the disk or mend it, and save again."
-    with writing("save_adapter", f"'{target}' can't be written to; what was saved there before is whole.", fix):
+    replaced = _read_array_folders(target / METADATA) | _read_array_folders(target / SAVING)
+    fix = "free disk space, and save again."
+    with writing("save_adapter", f"'{target}' can't be written to; the earlier save is intact.", fix):
         _replace(target / SAVING, json.dumps({"arrays": [*sorted(replaced), name]}))
         with _checkpointer() as checkpointer:
             checkpointer.save(target / name, _nest({keys[path]: array for path, array in arrays.items()}))
@@ -109,21 +109,22 @@ def save_adapter(folder: str | os.PathLike[str], params: Tree, *, train: Pattern
 
 
 def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model: Any = None) -> Tree:
-    """Puts a saved adapter, and the leaves trained in full with it, on the base it was trained on.
+    """Adds a saved adapter, and the leaves trained in full with it, to the base that it was trained on.
 
     Args:
-        folder: what `save_adapter` wrote.
-        base_params: the tree as it was before `wrap`; of leaves trained in full only shape and dtype must fit.
-        model: the module that will read the tree; its settings must be those that the adapter was trained with.
+        folder: the folder passed to `save_adapter`.
+        base_params: the tree before `wrap`; leaves trained in full may have other values, but not another shape or
+            dtype.
+        model: the module that will read the tree; it must have the settings that the adapter was trained with.
 
     Returns:
-        The wrapped tree as it was saved; training goes on from it as if it had never stopped. Containers and boxes are
-        the base's, and each restored leaf is sharded as its kernel is.
+        The wrapped tree that was saved, in the containers and boxes of the base. Each restored leaf is sharded like its
+        kernel.
 
     Raises:
-        ValueError: no checkpoint there, one that is damaged, changed by hand or of a newer format; a base that is
-            already wrapped or not the one the adapter was trained on, with the leaves or settings that differ; a name
-            of `folder` that Orbax can't read.
+        ValueError: there is no checkpoint, or it is damaged, modified or of a newer format; the base is already wrapped
+            or not the one that the adapter was trained on (the leaves or settings that differ are listed); or Orbax
+            can't read a folder of this name.
 
     Examples:
         >>> base = {"kernel": jnp.ones((4, 4))}
@@ -165,14 +166,14 @@ def restore_adapter(folder: str | os.PathLike[str], base_params: Tree, *, model:
 def read_adapter(
     folder: str | os.PathLike[str], check: Callable[[Mapping[str, Any]], None] = lambda metadata: None
 ) -> tuple[dict[str, Any], dict[TreePath, np.ndarray]]:
-    """The record and the arrays of a saved adapter, both of one save.
+    """The metadata and the arrays of a saved adapter, both of one save.
 
     Args:
-        folder: what `save_adapter` wrote.
-        check: called with the record before its arrays are read; raises where they are of no use.
+        folder: the folder passed to `save_adapter`.
+        check: called with the metadata before the arrays are read; raises an error if the adapter can't be used.
 
     Raises:
-        ValueError: no checkpoint there, or one that is damaged, changed by hand or of a newer format.
+        ValueError: there is no checkpoint, or it is damaged, modified or of a newer format.
     """
     source = Path(folder).absolute()
     check_name("restore_adapter", source, write=False)
@@ -182,7 +183,7 @@ def read_adapter(
         try:
             return metadata, _read_arrays(source, metadata)
         except ValueError:
-            # A save that ended meanwhile has removed these arrays, and its record names others.
+            # A save that ended in the meantime has removed these arrays, and adapter.json names new ones.
             newer = read_metadata(source)
             if newer["arrays"] == metadata["arrays"]:
                 raise
@@ -192,10 +193,10 @@ def read_adapter(
 
 
 def describe_model(model: Any) -> dict[str, Any] | None:
-    """The settings that a model's outputs depend on beside its parameters, as JSON; None for no model.
+    """The settings, as JSON, that a model's outputs depend on in addition to its parameters; None for no model.
 
     Args:
-        model: a Flax module or another dataclass. Left out are its dtypes, how it is compiled, and where it comes from.
+        model: a Flax module or another dataclass. Its dtypes, its compilation settings and its origin are left out.
 
     Raises:
         TypeError: the model is not a dataclass.
@@ -215,15 +216,15 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def check_model(who: str, saved: Mapping[str, Any] | None, model: Any) -> None:
-    """Checks that a model has the settings that were saved; settings that only one of the two has do not count.
+    """Checks that a model has the settings that were saved; settings that only one of them has are ignored.
 
     Args:
         who: the caller, for the error.
-        saved: what `describe_model` returned; None where nothing was saved.
-        model: the model now; None where it is not known.
+        saved: the result of `describe_model` at the save; None if no settings were saved.
+        model: the current model; None if it is not known.
 
     Raises:
-        ValueError: settings differ; all of them are listed.
+        ValueError: settings differ; all are listed.
     """
     now = describe_model(model)
     wrong = list(_changes(saved, now)) if saved and now else []
@@ -244,18 +245,18 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
 
 
 def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) -> None:
-    """Checks that Orbax reads and writes a folder of this name, and not another.
+    """Checks that Orbax reads and writes exactly the folder of this name.
 
-    TensorStore turns a backslash into a slash, etils takes some names for buckets in the cloud, and Orbax looks for
-    the files that it has just written with a glob pattern.
+    TensorStore converts a backslash to a slash, etils treats some names as buckets in the cloud, and Orbax searches for
+    the files that it has written with a glob pattern.
 
     Args:
         who: the caller, for the error.
-        folder: the folder's path; it need not exist.
-        write: whether it will be written to: a glob pattern can be read.
+        folder: path of the folder, which need not exist.
+        write: whether the folder will be written to; a name with a glob pattern can be read.
 
     Raises:
-        ValueError: parts of the path can't be used; all of them are listed.
+        ValueError: parts of the path can't be used; all are listed.
     """
     parts = Path(folder).absolute().parts
     wrong = []
@@ -275,14 +276,14 @@ def check_name(who: str, folder: str | os.PathLike[str], *, write: bool = True) 
 
 @contextlib.contextmanager
 def writing(who: str, problem: str, fix: str) -> Iterator[None]:
-    """Gives what goes wrong with the disk, in whichever library's form, as one error.
+    """Converts the errors that libraries raise when a write fails to one error.
 
     Raises:
-        OSError: something can't be written.
+        OSError: a file can't be written.
     """
     try:
         yield
-    # TensorStore's errors of the file system are ValueErrors.
+    # TensorStore raises a ValueError for an error of the file system.
     except (OSError, ValueError) as error:
         if isinstance(error, JloraError):
             raise
@@ -291,9 +292,9 @@ def writing(who: str, problem: str, fix: str) -> Iterator[None]:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    # Of several processes only one saves an adapter: Orbax may not wait for the others.
-    own = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    # Only one of several processes saves an adapter, so Orbax must not wait for the others.
+    process = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
@@ -315,7 +316,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def file_digest(file: Path) -> str | None:
-    """A digest of a file, None where it can't be read."""
+    """A digest of a file, None if it can't be read."""
     try:
         return _sha256(file.read_bytes()) if file.is_file() else None
     except OSError:
@@ -332,19 +333,19 @@ def digest_array(array: np.ndarray) -> str:
 
 
 def _fingerprint(base: Mapping[TreePath, Any], full: list[TreePath]) -> dict[TreePath, dict[str, Any]]:
-    """Shape, dtype and a digest of sampled values of every leaf; no values where training replaces them."""
+    """Shape, dtype and a digest of sampled values of every leaf; no digest for leaves trained in full."""
     values = {path: None if path in full else _sample(leaf) for path, leaf in base.items()}
     return {path: _described(leaf) | {"values": values[path]} for path, leaf in base.items()}
 
 
 def _sample(leaf: Any) -> str | None:
-    """A digest of values spread evenly over a leaf; None for scalars and PRNG keys, which may move on."""
+    """A digest of evenly spaced values of a leaf; None for scalars and PRNG keys, which may change in training."""
     if leaf.ndim == 0 or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return None
     positions = np.linspace(0, max(leaf.size - 1, 0), min(leaf.size, SAMPLES)).astype(np.int64)
     index = np.unravel_index(positions, leaf.shape)
     sharding = getattr(leaf, "sharding", None)
-    if isinstance(sharding, NamedSharding):  # which on a mesh with explicit axes must be told where values go
+    if isinstance(sharding, NamedSharding):  # on a mesh with explicit axes, JAX needs the sharding of the result
         return digest_array(np.asarray(leaf.at[index].get(out_sharding=NamedSharding(sharding.mesh, PartitionSpec()))))
     return digest_array(np.asarray(leaf[index]))
 
@@ -352,37 +353,37 @@ def _sample(leaf: Any) -> str | None:
 def write_digests(folder: Path, names: Iterable[str]) -> None:
     """Adds the digests of files in a folder to its files.json.
 
-    Those that are there stay: a file that was damaged since they were written is still found.
+    Digests that exist are not replaced, so that damage to a file after its digest was written is still detected.
     """
     before = _read_digests(folder) or {}
     new = {name: _sha256((folder / name).read_bytes()) for name in names if name not in before}
     content = {"files": before | new}
-    beside = folder / f"{DIGESTS}.tmp"
-    beside.write_text(json.dumps(content | {"sha256": digest_json(content)}, indent=1))
-    beside.replace(folder / DIGESTS)
+    temporary = folder / f"{DIGESTS}.tmp"
+    temporary.write_text(json.dumps(content | {"sha256": digest_json(content)}, indent=1))
+    temporary.replace(folder / DIGESTS)
 
 
 def find_damage(folder: Path) -> dict[str, str]:
     """The files of a folder that differ from their digests in its files.json, each "changed" or "missing".
 
-    Empty where all of them are whole, and where the folder has no files.json, as before jlora wrote one.
+    The result is empty if all files are intact, or if the folder has no files.json, as in earlier versions of jlora.
     """
     if not (folder / DIGESTS).exists():
         return {}
     digests = _read_digests(folder)
     if digests is None:
         return {DIGESTS: "changed"}
-    found = {name: file_digest(folder / name) for name in digests}
-    return {name: "changed" if found[name] else "missing" for name in digests if found[name] != digests[name]}
+    current = {name: file_digest(folder / name) for name in digests}
+    return {name: "changed" if current[name] else "missing" for name in digests if current[name] != digests[name]}
 
 
 def _read_digests(folder: Path) -> dict[str, str] | None:
-    """The digests in a folder's files.json by file; None where it is missing or damaged."""
+    """The digests in a folder's files.json, by file; None if files.json is missing or damaged."""
     try:
         content = json.loads((folder / DIGESTS).read_bytes())
         seal = content.pop("sha256")
-        whole = seal == digest_json(content)
-        return dict(content["files"]) if whole else None
+        is_intact = seal == digest_json(content)
+        return dict(content["files"]) if is_intact else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
 
@@ -390,12 +391,12 @@ def _read_digests(folder: Path) -> dict[str, str] | None:
 def _version(library: str) -> str | None:
     try:
         return packages.version(library)
-    except packages.PackageNotFoundError:  # run from a source tree
+    except packages.PackageNotFoundError:  # jlora may run from a source tree, without being installed
         return None
 
 
 def digest_json(metadata: Mapping[str, Any]) -> str:
-    """A digest of a JSON object, whatever the order of its keys."""
+    """A digest of a JSON object that doesn't depend on the order of its keys."""
     return _sha256(json.dumps(metadata, sort_keys=True).encode())
 
 
@@ -428,7 +429,7 @@ def _nest(flat: Mapping[TreePath, Any]) -> dict[str, Any]:
     return tree
 
 
-def _writable(folder: Path) -> None:
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -437,8 +438,8 @@ def _writable(folder: Path) -> None:
         raise JloraValueError("save_adapter", problem, [], "pass a folder you may write to.") from error
 
 
-def _recorded(file: Path) -> set[str]:
-    """The folders of arrays that a record of an earlier save names; none where it is missing or damaged."""
+def _read_array_folders(file: Path) -> set[str]:
+    """The folders of arrays that a file of an earlier save names; empty if the file is missing or damaged."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -449,14 +450,14 @@ def _recorded(file: Path) -> set[str]:
 
 
 def _remove_arrays(folder: Path, name: str) -> None:
-    """Removes a folder of arrays, or what a killed save left of it; never what a link leads to."""
+    """Removes a folder of arrays, complete or partial. The target of a link is never removed."""
     for path in (folder / name, *folder.glob(f"{name}.orbax-checkpoint-tmp*")):
         if not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Waits until everything under a folder is on the disk, so that the rename after it can't come first."""
+    """Waits until all files of a folder are on the disk, so that a later rename can't reach the disk before them."""
     for path in (*folder.rglob("*"), folder, folder.parent):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -499,15 +500,15 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     wrong = [repr(name) for name, kind in ENTRIES.items() if not isinstance(metadata.get(name), kind)]
     if wrong:
         raise _refuse(f"'{file}' has {count(len(wrong), 'entry', 'entries')} missing or of a wrong type.", again, wrong)
-    _check_places(folder, metadata)
+    _check_paths(folder, metadata)
     return metadata
 
 
-def _check_places(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Checks that a record names nothing outside its folder: anyone can write a record, with its digest.
+def _check_paths(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Checks that metadata names no file outside its folder, since anyone can write metadata with a valid digest.
 
     Raises:
-        ValueError: a path in it is absolute, climbs, or is a link that leads outside; all of them are listed.
+        ValueError: a path is absolute, contains "..", or is a link to a target outside the folder; all are listed.
     """
     name, files = metadata["arrays"], metadata["files"]
     wrong = []
@@ -524,11 +525,11 @@ def _check_places(folder: Path, metadata: Mapping[str, Any]) -> None:
                 wrong.append(f"{file!r}  is a link to {os.path.realpath(path)!r}")
     if wrong:
         problem = f"'{folder / METADATA}' names {count(len(wrong), 'path')} outside its folder."
-        raise _refuse(problem, "don't use this adapter; get it from whoever trained it.", wrong)
+        raise _refuse(problem, "don't use this adapter; get it again from the person who trained it.", wrong)
 
 
 def _is_inside(folder: Path, path: Path) -> bool:
-    """Whether a path, its links followed, lies in a folder, or in the hub's cache, whose files are links to blobs."""
+    """Whether the target of a path is inside a folder, or in the blobs of the hub's cache, whose files are links."""
     roots = [folder, *(parent.parents[1] / "blobs" for parent in (folder, *folder.parents) if _is_snapshot(parent))]
     target = Path(os.path.realpath(path))
     return any(target.is_relative_to(os.path.realpath(root)) for root in roots)
@@ -540,61 +541,63 @@ def _is_snapshot(folder: Path) -> bool:
 
 
 def _check_base(base: Mapping[TreePath, Any], metadata: Mapping[str, Any]) -> None:
-    saved, found = metadata["base"], _fingerprint(base, metadata["train"])
+    saved, current = metadata["base"], _fingerprint(base, metadata["train"])
     wrong = [
         f"{path!r}  {difference}"
-        for path in {**saved, **found}
-        if (difference := _difference(saved.get(path), found.get(path)))
+        for path in {**saved, **current}
+        if (difference := _describe_difference(saved.get(path), current.get(path)))
     ]
     if wrong:
         differ = count(len(wrong), "leaf differs", "leaves differ")
         more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         problem = f"this is not the base the adapter was trained on: {differ}."
         fix = "pass the base the adapter was trained on, with the same weights and dtype."
-        if saved.keys() > found.keys() and len(wrong) == len(saved.keys() - found.keys()):
+        if saved.keys() > current.keys() and len(wrong) == len(saved.keys() - current.keys()):
             fix = "add these leaves to base_params: jlora.unwrap of the tree that was saved has them."
         raise _refuse(problem, fix, wrong[:SHOWN] + more)
 
 
-def _difference(saved: Mapping[str, Any] | None, found: Mapping[str, Any] | None) -> str | None:
-    if saved is None or found is None:
+def _describe_difference(saved: Mapping[str, Any] | None, current: Mapping[str, Any] | None) -> str | None:
+    if saved is None or current is None:
         return "only in this base" if saved is None else "missing in this base"
-    changed = [part for part in ("shape", "dtype") if found[part] != saved[part]]
-    parts = [f"{part} {found[part]}, was {saved[part]}" for part in changed]
-    if not parts and found["values"] != saved["values"]:
+    changed = [part for part in ("shape", "dtype") if current[part] != saved[part]]
+    parts = [f"{part} {current[part]}, was {saved[part]}" for part in changed]
+    if not parts and current["values"] != saved["values"]:
         parts = ["other values"]
     return "; ".join(parts) or None
 
 
 def _read_arrays(folder: Path, metadata: Mapping[str, Any]) -> dict[TreePath, np.ndarray]:
     folder, again = folder / metadata["arrays"], "restore the files, or save the adapter again."
-    found = {name: file_digest(folder / name) for name in metadata["files"]}
+    digests = {name: file_digest(folder / name) for name in metadata["files"]}
     damaged = [
-        f"{name!r}  {'changed' if found[name] else 'missing'}"
+        f"{name!r}  {'changed' if digests[name] else 'missing'}"
         for name, digest in metadata["files"].items()
-        if found[name] != digest
+        if digests[name] != digest
     ]
     if damaged:
-        raise _refuse(f"{count(len(damaged), 'file')} in '{folder}' damaged or missing.", again, damaged)
+        raise _refuse(
+            f"{count(len(damaged), 'file is', 'files are')} damaged or missing in '{folder}'.", again, damaged
+        )
     leaves = metadata["leaves"]
     keys = _stored_keys(leaves)
-    # As numpy: the sharding is the base's, whatever it was when saved.
-    wanted = _nest({key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys.values()})
+    # The arrays are restored as NumPy arrays, because their sharding follows the base, not the saved one.
+    restore_args = _nest({key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys.values()})
     try:
         with _checkpointer() as checkpointer:
-            stored = flatten(checkpointer.restore(folder, restore_args=wanted))
+            stored = flatten(checkpointer.restore(folder, restore_args=restore_args))
             arrays = {path: stored[key] for path, key in keys.items()}
-    except Exception as error:  # each library that takes part in reading has errors of another kind
+    except Exception as error:  # Orbax, TensorStore and others raise errors of different kinds
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise _refuse(f"the arrays in '{folder}' can't be read.", again, [reason]) from error
     wrong = [repr(path) for path, leaf in leaves.items() if digest_array(arrays[path]) != leaf["sha256"]]
     if wrong:
-        raise _refuse(f"{count(len(wrong), 'array')} in '{folder}' read otherwise than saved.", again, wrong)
+        raise _refuse(f"{count(len(wrong), 'array')} in '{folder}' changed after the save.", again, wrong)
     return arrays
 
 
 def place(leaf: np.ndarray, kernel: Any, axes: tuple[int | None, ...]) -> jax.Array:
-    """Puts a leaf where its kernel is; `axes` are the kernel's axes that the leaf's stand for."""
+    """Shards a leaf like its kernel; `axes` are the axes of the kernel that the leaf's axes correspond to."""
     if not getattr(kernel, "committed", False):
         return jnp.asarray(leaf)
     sharding = kernel.sharding
