@@ -1,7 +1,9 @@
 """The errors of jlora. All have the same parts: who reports it, what is wrong, every offender, the fix."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -92,3 +94,18 @@ def quoted(names: Iterable[str]) -> str:
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun, or with a noun and a verb: "1 kernel", "3 kernels", "3 kernels are"."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+@contextlib.contextmanager
+def name_file(file: Path) -> Iterator[None]:
+    """Adds the file's name to an OSError that has none: the system names the files that it can't open, not all others.
+
+    Raises:
+        OSError: what the code inside raises.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(file)
+        raise

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
-from jlora.errors import JloraFileNotFoundError, JloraValueError, count, nearest, quoted
+from jlora.errors import JloraFileNotFoundError, JloraValueError, count, name_file, nearest, quoted
 
 Task = Literal["sequence_classification", "token_classification", "causal_lm", "instruction"]
 Unit = Literal["paragraph", "line", "file"]
@@ -627,11 +627,12 @@ def _objects(path: Path, schema: Schema, unit: Unit, wrong: list[str]) -> Iterab
 def _content(path: Path, wrong: list[str]) -> bytes | None:
     """The bytes of a file, decompressed; None where they are damaged as a whole."""
     if path.suffix.lower() != GZIP:
-        data = path.read_bytes()
+        with name_file(path):
+            data = path.read_bytes()
     else:
         parts: list[bytes] = []
         try:
-            with open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
+            with name_file(path), open(path, "rb") as packed, gzip.GzipFile(fileobj=packed) as file:
                 while part := file.read1(1 << 16):
                     parts.append(part)
                     if file.tell() > max(GZIP_MOST, GZIP_RATIO * packed.tell()):

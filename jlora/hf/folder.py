@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jlora.errors import JloraValueError, count
+from jlora.errors import JloraValueError, count, name_file
 
 # Nothing is fetched, and no code of a checkpoint is ever run.
 SAFELY = {"local_files_only": True, "trust_remote_code": False}
@@ -34,7 +34,8 @@ def parse_json(file: Path, kind: type = dict) -> Any:
         ValueError: it is not JSON, or holds something else; the message is the reason alone.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with name_file(file):
+            content = json.loads(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not text in UTF-8 (byte {error.start})") from None
     except RecursionError:
@@ -67,7 +68,8 @@ def read_text(file: Path) -> str | None:
         ValueError: it is not text in UTF-8.
     """
     try:
-        return file.read_text(encoding="utf-8") if file.is_file() else None
+        with name_file(file):
+            return file.read_text(encoding="utf-8") if file.is_file() else None
     except UnicodeDecodeError as error:
         problem = f"{str(file)!r} is not text in UTF-8 (byte {error.start})."
         raise JloraValueError("load_model", problem, (), "fetch the file again.") from None

@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.errors import JloraError, JloraOSError, JloraTypeError, JloraValueError, count
+from jlora.errors import JloraError, JloraOSError, JloraTypeError, JloraValueError, count, name_file
 from jlora.tree import layouts
 from jlora.tree.layouts import AFFIXES, A
 from jlora.tree.paths import Tree, TreePath, box, edit, flatten, join_path, read_arrays, unbox
@@ -486,7 +486,8 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         raise _refuse(f"'{folder}' holds no {METADATA}.", "pass the folder given to jlora.save_adapter.")
     again = "restore the file, or save the adapter again."
     try:
-        metadata = json.loads(file.read_bytes())
+        with name_file(file):
+            metadata = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise _refuse(f"'{file}' is damaged: {error}.", again) from error
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:

@@ -445,7 +445,7 @@ def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsy
         "--run.mesh=data=64": "64 is 64 devices, there are 1",
         "--optimisation.accumulate=3": "equal microbatches.\n  batch_size = 8, accumulate = 3",
         "--optimisation.optimizer=lbfgs": "lbfgs",
-        "--data.train=unreadable.jsonl": "Input/output error",
+        "--data.train=unreadable.jsonl": "unreadable.jsonl: Input/output error",
     }.items():
         flag = flag.replace("job.toml", str(fresh))
         assert words in mistake(capsys, "train", str(fresh), flag), flag
@@ -594,6 +594,18 @@ def test_predict_refuses_what_it_can_not_answer(job, capsys, monkeypatch, tmp_pa
     text = mistake(capsys, "predict", run, "fine", " ", "--top", "0")
     assert "question 2 is blank\n  --top 0  expected: a whole number from 1" in text
     assert "holds no run" in mistake(capsys, "predict", str(tmp_path), QUESTION)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "labels.json", "adapter/adapter.json", "tokenizer/tokenizer.json"])
+def test_a_file_of_a_run_that_can_not_be_read_is_one_error(name, job, capsys, tmp_path):
+    run = shutil.copytree(job[1], tmp_path / "run")
+    (run / name).unlink()
+    # Opens, and can't be read, whoever the user is.
+    (run / name).symlink_to("/proc/self/mem")
+    assert Path(name).name in mistake(capsys, "predict", str(run), QUESTION)
+    (run / name).unlink()
+    (run / name).mkdir()
+    assert Path(name).name in mistake(capsys, "predict", str(run), QUESTION)
 
 
 def test_predict_refuses_another_base(job, capsys, tmp_path, monkeypatch):
