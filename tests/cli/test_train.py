@@ -442,7 +442,7 @@ def test_mistakes_in_the_config_are_told_before_anything_is_written(fresh, capsy
         "--output.folder=a[v1]": "train: Orbax can't use the path",
         "--data.test=gone.jsonl": "1 source can't be found.\n",
         "--optimisation.optimizer=adamv": "optax has no such optimizer.\n  'adamv'  nearest: adam",
-        "--run.mesh=data=64": "64 is 64 devices, there are 1",
+        "--run.mesh=data=64": "64 needs 64 devices, 1 available",
         "--optimisation.accumulate=3": "equal microbatches.\n  batch_size = 8, accumulate = 3",
         "--optimisation.optimizer=lbfgs": "lbfgs",
         "--data.train=unreadable.jsonl": "unreadable.jsonl: Input/output error",
