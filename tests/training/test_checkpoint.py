@@ -304,6 +304,7 @@ for n in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_last_good_save_can_be_restored(tmp_path):
     base = {"dense": {"kernel": np.ones((64, 32), np.float32)}}
     for seed in range(3):

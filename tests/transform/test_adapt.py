@@ -101,6 +101,7 @@ def network(dtype=jnp.float32):
 in_order = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile", [lambda f: f, in_order], ids=["unjitted", "jitted"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_outputs_right_after_wrap_are_the_bases_bits(dtype, compile):
@@ -111,6 +112,7 @@ def test_outputs_right_after_wrap_are_the_bases_bits(dtype, compile):
     assert np.asarray(expected).tobytes() == np.asarray(found).tobytes()
 
 
+@pytest.mark.slow
 def test_a_merged_tree_compiles_to_the_bases_program():
     _, fn, tree, _ = network()
 

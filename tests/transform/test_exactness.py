@@ -304,6 +304,7 @@ def total(tree):
     return sum(jnp.sum(jnp.sin(leaf + n)) for n, leaf in enumerate(jax.tree.leaves(tree)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 @bounded(4)
 @given(data=st.data())
