@@ -401,16 +401,16 @@ def digest_json(metadata: Mapping[str, Any]) -> str:
 
 
 def _stored_keys(paths: Iterable[TreePath]) -> dict[TreePath, TreePath]:
-    """The path under which Orbax stores each array: its own, unless Orbax would take two of them for one.
+    """The path under which Orbax stores each array: the path in the tree, unless Orbax would confuse two arrays.
 
-    It joins the names in a path with dots, and finds no array inside another one: "a.b" beside "a" -> "b", or "a"
-    beside "a/b". All paths are then single names without dots and slashes.
+    Orbax joins the names in a path with dots, so it confuses "a.b" with "a" -> "b". It can't store "a" beside "a/b".
+    If a tree has such paths, all its paths are converted to single names without dots and slashes.
     """
-    own = {path: path for path in paths}
-    names = {path.replace("/", ".") for path in own}
-    if len(names) == len(own) and not any(above in own for path in own for above in _parents(path)):
-        return own
-    return {path: path.replace("%", "%25").replace(".", "%2E").replace("/", "%2F") for path in own}
+    keys = {path: path for path in paths}
+    names = {path.replace("/", ".") for path in keys}
+    if len(names) == len(keys) and not any(parent in keys for path in keys for parent in _parents(path)):
+        return keys
+    return {path: path.replace("%", "%25").replace(".", "%2E").replace("/", "%2F") for path in keys}
 
 
 def _parents(path: TreePath) -> list[TreePath]:

@@ -28,7 +28,7 @@ def infer_layout(fn: Callable[..., Any], params: Tree, *args: Any) -> dict[TreeP
     Returns:
         For every leaf that a matmul, a convolution or a lookup reads, one letter per axis: `s` stack, `i` in, `o` out,
         `v` the rows of a table that is looked up. A leaf read in several ways has the layout of the first, and is a
-        table if any of them is a lookup; one whose axes can't be told apart is left out.
+        table if any of them is a lookup; one whose axes can't be distinguished is left out.
 
     Raises:
         TypeError: `fn` is not a function, or `params` is not a tree.

@@ -279,7 +279,7 @@ def _needed(jaxpr: Any, wanted: Sequence[bool]) -> set[Any]:
 
 
 def _reads(equation: Equation, wants: Sequence[bool]) -> list[bool]:
-    """For each input of an equation, whether the wanted outputs depend on it; True where that can't be told."""
+    """For each input of an equation, whether the required outputs depend on it; True if that can't be determined."""
     name = equation.primitive.name
     if name == "cond":
         each = [_reads_of(branch, wants) for branch in branches(equation)]

@@ -138,14 +138,14 @@ def test_greedy_tokens_are_those_of_transformers_for_prompts_of_any_length_and_p
 
     def expected(**settings) -> np.ndarray:
         with torch.no_grad():
-            found = oracle.generate(
+            actual = oracle.generate(
                 torch.tensor(ids),
                 attention_mask=torch.tensor(mask),
                 generation_config=transformers.GenerationConfig(
                     max_new_tokens=NEW, do_sample=False, pad_token_id=0, **settings
                 ),
             )
-        new = found[:, ids.shape[1] :].numpy()
+        new = actual[:, ids.shape[1] :].numpy()
         return np.pad(new, ((0, 0), (0, NEW - new.shape[1])))
 
     whole = expected(eos_token_id=None)
@@ -157,17 +157,17 @@ def test_greedy_tokens_are_those_of_transformers_for_prompts_of_any_length_and_p
     right = padded(prompts, "right")
     for given, given_mask in ((prompts, None), (ids, mask), right, map(jnp.asarray, right)):
         options = {"max_new_tokens": NEW, "attention_mask": given_mask}
-        found = generate(llama.model, llama.params, given, **options)
-        assert (found.shape, found.dtype) == ((3, NEW), jnp.int32)
-        np.testing.assert_array_equal(found, whole)
+        actual = generate(llama.model, llama.params, given, **options)
+        assert (actual.shape, actual.dtype) == ((3, NEW), jnp.int32)
+        np.testing.assert_array_equal(actual, whole)
         np.testing.assert_array_equal(generate(llama.model, llama.params, given, **options, stop_tokens=stops), stopped)
 
 
 def test_a_wrapped_tree_a_merged_one_and_scanned_layers_give_the_same_tokens(folder, llama, wrapped, prompts):
     options = {"max_new_tokens": NEW}
-    found = generate(llama.model, wrapped, prompts, **options)
-    assert (found != generate(llama.model, llama.params, prompts, **options)).mean() > 0.5
-    np.testing.assert_array_equal(found, generate(llama.model, jlora.merge(wrapped), prompts, **options))
+    actual = generate(llama.model, wrapped, prompts, **options)
+    assert (actual != generate(llama.model, llama.params, prompts, **options)).mean() > 0.5
+    np.testing.assert_array_equal(actual, generate(llama.model, jlora.merge(wrapped), prompts, **options))
     scanned = jlora.load_model(folder, scan=True)
     params = jlora.wrap(
         scanned.params, rank=3, alpha=6, targets=scanned.model.lora_targets, layout=scanned.model.lora_layout
@@ -183,7 +183,7 @@ def test_a_wrapped_tree_a_merged_one_and_scanned_layers_give_the_same_tokens(fol
         return jnp.stack(layers)
 
     params = jax.tree_util.tree_map_with_path(stacked, params)
-    np.testing.assert_array_equal(found, generate(scanned.model, params, prompts, **options))
+    np.testing.assert_array_equal(actual, generate(scanned.model, params, prompts, **options))
 
 
 def test_one_trace_serves_every_prompt_of_a_bucket_and_every_setting(llama):
@@ -256,9 +256,9 @@ def test_what_is_drawn_from_is_what_transformers_warpers_leave(temperature):
         scores = torch.tensor(np.asarray(logits))
         for warper in (TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)):
             scores = warper(None, scores)
-        found = jax.nn.softmax(warp(logits, settings(temperature, top_k, top_p), cut=True), axis=-1)
-        np.testing.assert_array_equal(found > 0, scores.softmax(-1).numpy() > 0)
-        np.testing.assert_allclose(found, scores.softmax(-1).numpy(), atol=1e-6)
+        actual = jax.nn.softmax(warp(logits, settings(temperature, top_k, top_p), cut=True), axis=-1)
+        np.testing.assert_array_equal(actual > 0, scores.softmax(-1).numpy() > 0)
+        np.testing.assert_allclose(actual, scores.softmax(-1).numpy(), atol=1e-6)
 
 
 def test_tokens_that_tie_with_the_last_one_kept_stay():
@@ -297,10 +297,10 @@ def test_learned_positions_can_be_used_to_the_last_and_no_further():
     model = Gpt2(Gpt2Config(vocab_size=40, hidden_size=16, num_layers=2, num_heads=2, num_positions=22))
     params = random_params(model)
     rows = [[5, 3, 9, 1] * 3, [7, 2]]
-    found = generate(model, params, rows, max_new_tokens=10)
-    ids, mask = padded([row + new for row, new in zip(rows, found.tolist(), strict=True)], "right", 0)
+    actual = generate(model, params, rows, max_new_tokens=10)
+    ids, mask = padded([row + new for row, new in zip(rows, actual.tolist(), strict=True)], "right", 0)
     best = jax.jit(model.apply)({"params": params}, ids, mask).argmax(axis=-1)
-    for row, new, likeliest in zip(rows, found, best, strict=True):
+    for row, new, likeliest in zip(rows, actual, best, strict=True):
         np.testing.assert_array_equal(new, likeliest[len(row) - 1 :][:10])
     with pytest.raises(ValueError, match="prompt 0 has 12 tokens, plus 11 new ones, but the model has 22 positions"):
         generate(model, params, rows, max_new_tokens=11)

@@ -305,9 +305,9 @@ def test_an_adapter_on_a_pooler_that_no_output_reads_is_kept_and_written_back(tm
 
     def check(model):
         with torch.no_grad():
-            found = model.eval()(ids)
-        np.testing.assert_allclose(found.last_hidden_state, expected.last_hidden_state, atol=TOLERANCE)
-        np.testing.assert_allclose(found.pooler_output, expected.pooler_output, atol=TOLERANCE)
+            actual = model.eval()(ids)
+        np.testing.assert_allclose(actual.last_hidden_state, expected.last_hidden_state, atol=TOLERANCE)
+        np.testing.assert_allclose(actual.pooler_output, expected.pooler_output, atol=TOLERANCE)
 
     save_peft(tmp_path / "again", loaded.model, params)
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["modules_to_save"] is None
@@ -343,9 +343,9 @@ def test_a_tree_with_a_pooler_that_no_output_reads_goes_through_save_adapter(tmp
     merged = transformers.AutoModel.from_pretrained(tmp_path / "merged").eval()
     ids = torch.tensor(texts()[0])
     with torch.no_grad():
-        found, expected = merged(ids), adapted(ids)
-    np.testing.assert_allclose(found.last_hidden_state, expected.last_hidden_state, atol=TOLERANCE)
-    np.testing.assert_allclose(found.pooler_output, expected.pooler_output, atol=TOLERANCE)
+        actual, expected = merged(ids), adapted(ids)
+    np.testing.assert_allclose(actual.last_hidden_state, expected.last_hidden_state, atol=TOLERANCE)
+    np.testing.assert_allclose(actual.pooler_output, expected.pooler_output, atol=TOLERANCE)
 
 
 def test_inspect_lists_the_adapter_of_a_pooler_that_no_output_reads(tmp_path, capsys):
@@ -356,5 +356,5 @@ def test_inspect_lists_the_adapter_of_a_pooler_that_no_output_reads(tmp_path, ca
     peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "adapter")
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "adapter"), "--model", str(tmp_path / "base"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert "pooler/dense/kernel" in {target["path"] for target in found["targets"]} and found["whole"] == []
+    actual = json.loads(capsys.readouterr().out)
+    assert "pooler/dense/kernel" in {target["path"] for target in actual["targets"]} and actual["whole"] == []

@@ -23,7 +23,7 @@ def test_activations_equal_those_of_transformers(name):
     x = np.linspace(-12, 12, 1001)
     expected = activations.ACT2FN[name](torch.tensor(x)).numpy()
     with jax.enable_x64(True):
-        found = np.asarray(ACTIVATIONS[name](jnp.asarray(x, jnp.float64)))
-    assert found.dtype == np.float64
+        actual = np.asarray(ACTIVATIONS[name](jnp.asarray(x, jnp.float64)))
+    assert actual.dtype == np.float64
     # gelu_fast rounds sqrt(2 / pi) to ten digits.
-    np.testing.assert_allclose(found, expected, atol=1e-9, rtol=0)
+    np.testing.assert_allclose(actual, expected, atol=1e-9, rtol=0)

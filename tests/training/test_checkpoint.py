@@ -1,4 +1,4 @@
-"""Adapter checkpoints: what goes in comes out, onto its own base only, whole or not at all."""
+"""Adapter checkpoints: a save is restored completely or not at all, and only on the base of the adapter."""
 
 import dataclasses
 import json
@@ -269,7 +269,7 @@ def test_an_adapter_in_the_cache_of_the_hub_whose_files_are_links_is_restored(sa
 @pytest.mark.parametrize(
     "name", ["a[v1]", "a*", "a?b", "a\\b", "gs:", "gs:/x", "a\udcff", "é中 #%20|~$'\"", "a:b", "s3:"]
 )
-def test_a_folder_of_any_name_gives_back_what_it_took_or_is_refused_before_it_is_written(name, saved, tmp_path):
+def test_a_folder_of_any_name_restores_what_was_saved_or_is_refused_before_it_is_written(name, saved, tmp_path):
     folder, base, params = saved
     try:
         save_adapter(tmp_path / name / "adapter", params)
@@ -313,10 +313,10 @@ def test_killed_at_any_moment_the_last_good_save_can_be_restored(tmp_path):
         time.sleep(random.Random(seed).uniform(0, 0.6))
         saver.send_signal(signal.SIGKILL)
         rest, _ = saver.communicate()
-        told = max([1, *map(int, rest.split())])
+        reported = max([1, *map(int, rest.split())])
         leaves = flatten(restore_adapter(tmp_path, base))
         values = {float(value) for path, leaf in leaves.items() if "_lora_" in path for value in np.ravel(leaf)}
-        assert values in ({told}, {told + 1}), "one save whole, the last one told of or the one after"
+        assert values in ({reported}, {reported + 1}), "one complete save, the last one reported or the next one"
 
 
 def test_a_reader_beside_a_process_that_saves_gets_one_whole_adapter_after_the_other(tmp_path):
@@ -396,7 +396,7 @@ def rewrite(folder, change, seal=True):
         ),
     ],
 )
-def test_a_checkpoint_that_is_missing_or_tampered_with_says_so(damage, words, saved):
+def test_a_missing_or_modified_checkpoint_is_an_error(damage, words, saved):
     folder, base, _ = saved
     damage(folder)
     with pytest.raises(ValueError, match=r"^restore_adapter: ") as error:
@@ -404,7 +404,7 @@ def test_a_checkpoint_that_is_missing_or_tampered_with_says_so(damage, words, sa
     assert words in str(error.value) and "\nFix: " in str(error.value)
 
 
-def test_another_base_is_an_error_that_says_what_differs(saved):
+def test_another_base_is_an_error_that_lists_what_differs(saved):
     folder, base, _ = saved
     other = jax.tree.map(lambda leaf: leaf, base)
     other["dense"] = {"kernel": jnp.ones((12, 9)), "bias": base["dense"]["bias"] + 1}
@@ -508,7 +508,7 @@ def test_a_wrapped_base_and_a_tree_without_adapters_are_errors(saved, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_written(saved, tmp_path):
+def test_a_folder_that_is_not_writable_is_reported_before_anything_is_written(saved, tmp_path):
     _, _, params = saved
     file = tmp_path / "file"
     file.write_text("mine")

@@ -29,9 +29,9 @@ def problem(tokens=(7, 9), features=6, vocab=13, dtype=jnp.float64):
     return params, draw(*tokens, features), jnp.asarray(rng.integers(0, vocab, tokens)), weights
 
 
-def close(got, want, tolerance=1e-10):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+def close(actual, expected, tolerance=1e-10):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
@@ -44,9 +44,9 @@ def test_value_and_gradients_equal_optax_in_float64(chunk, weighted):
         weights = weights if weighted else None
         ours = lambda p, h: 3 * cross_entropy(head, p, h, labels, weights, chunk=chunk)
         theirs = lambda p, h: 3 * plain(head, p, h, labels, weights)
-        want = jax.jit(jax.value_and_grad(theirs, (0, 1)))(params, hidden)
-        close(jax.jit(jax.value_and_grad(ours, (0, 1)))(params, hidden), want)
-        close(jax.jit(ours)(params, hidden), want[0])
+        expected = jax.jit(jax.value_and_grad(theirs, (0, 1)))(params, hidden)
+        close(jax.jit(jax.value_and_grad(ours, (0, 1)))(params, hidden), expected)
+        close(jax.jit(ours)(params, hidden), expected[0])
 
 
 def test_an_adapted_head_gets_the_gradients_that_merging_first_gives():
@@ -58,8 +58,8 @@ def test_an_adapted_head_gets_the_gradients_that_merging_first_gives():
         logits = adapt(head)
         ours = lambda a, h: cross_entropy(logits, join(a, base), h, labels, chunk=10)
         oracle = lambda a, h: plain(head, merge(join(a, base)), h, labels)
-        got, want = (jax.jit(jax.value_and_grad(loss, (0, 1)))(adapters, hidden) for loss in (ours, oracle))
-        close(got, want)
+        actual, expected = (jax.jit(jax.value_and_grad(loss, (0, 1)))(adapters, hidden) for loss in (ours, oracle))
+        close(actual, expected)
 
 
 def test_it_works_under_vmap_over_adapters_and_inside_remat_and_scan():
@@ -67,10 +67,10 @@ def test_it_works_under_vmap_over_adapters_and_inside_remat_and_scan():
         params, hidden, labels, _ = problem()
         stack = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
         ours = jax.remat(lambda p: cross_entropy(head, p, hidden, labels, chunk=10))
-        want = jax.jit(jax.vmap(jax.grad(lambda p: plain(head, p, hidden, labels))))(stack)
-        close(jax.jit(jax.vmap(jax.grad(ours)))(stack), want)
+        expected = jax.jit(jax.vmap(jax.grad(lambda p: plain(head, p, hidden, labels))))(stack)
+        close(jax.jit(jax.vmap(jax.grad(ours)))(stack), expected)
         scanned = lambda p: jax.lax.scan(lambda total, one: (total + ours(one), None), 0.0, p)[0]
-        close(jax.jit(jax.grad(scanned))(stack), want)
+        close(jax.jit(jax.grad(scanned))(stack), expected)
 
 
 def compiled(loss, argnums, *args):
@@ -99,9 +99,9 @@ def test_a_masked_token_is_read_in_neither_label_nor_logits():
     keep = jnp.arange(63).reshape(7, 9) % 3 > 0
     labels = jnp.maximum(labels, 1)
     loss = jax.jit(jax.value_and_grad(lambda p, labels: cross_entropy(head, p, hidden, labels, keep, chunk=16)))
-    want, got = loss(params, labels), loss(params, jnp.where(keep, labels, -100))
-    assert bool(jnp.isfinite(want[0]))
-    close(got, want, 0)
+    expected, actual = loss(params, labels), loss(params, jnp.where(keep, labels, -100))
+    assert bool(jnp.isfinite(expected[0]))
+    close(actual, expected, 0)
 
 
 def test_without_any_weight_loss_and_gradient_are_zero():
@@ -113,10 +113,10 @@ def test_without_any_weight_loss_and_gradient_are_zero():
 
 def test_gradients_of_a_bfloat16_head_are_summed_in_float32():
     params, hidden, labels, _ = problem((4096,), 4, 8, jnp.bfloat16)
-    got = jax.jit(jax.grad(lambda p: cross_entropy(head, p, hidden, labels, chunk=8)))(params)
+    actual = jax.jit(jax.grad(lambda p: cross_entropy(head, p, hidden, labels, chunk=8)))(params)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (params, hidden))
-    want = jax.jit(jax.grad(lambda p: plain(head, p, wide[1], labels)))(wide[0])
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    expected = jax.jit(jax.grad(lambda p: plain(head, p, wide[1], labels)))(wide[0])
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.bfloat16
         # Logits rounded to bfloat16 leave under one percent; sums over 512 chunks in it would leave far more.
         assert jnp.linalg.norm(a.astype(jnp.float32) - b) < 0.01 * jnp.linalg.norm(b)

@@ -107,10 +107,10 @@ def test_the_global_norm_is_computed_over_the_trainable_leaves():
         tx = optimizer(chain(), params, train=["head"])
         return tx.update(jax.grad(loss_of, allow_int=True)(params, x, y), tx.init(params), params)[0]
 
-    want, got = flatten(halves(adapters)), flatten(whole(params))
-    assert {path for path in want if "_lora_" not in path} == {"head/kernel", "head/bias"}
-    for path, update in want.items():
-        np.testing.assert_allclose(got[path], update, rtol=1e-5, atol=1e-8, err_msg=path)
+    expected, actual = flatten(halves(adapters)), flatten(whole(params))
+    assert {path for path in expected if "_lora_" not in path} == {"head/kernel", "head/bias"}
+    for path, update in expected.items():
+        np.testing.assert_allclose(actual[path], update, rtol=1e-5, atol=1e-8, err_msg=path)
 
 
 def flops(step, *args):

@@ -28,8 +28,8 @@ def state_at(step: int) -> TrainState:
 
 
 def leaves(state: TrainState) -> dict[str, bytes]:
-    found = jax.tree_util.tree_leaves_with_path(_to_arrays(state))
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in found}
+    pairs = jax.tree_util.tree_leaves_with_path(_to_arrays(state))
+    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in pairs}
 
 
 def restore(folder):

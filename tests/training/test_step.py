@@ -111,15 +111,15 @@ def numpy_step(params, batch, rate):
 def test_accumulated_steps_equal_the_full_batch_in_float64_numpy(accumulate):
     with jax.enable_x64(True):
         params, batch = wrapped(alpha=3), make_batch()
-        want, norm, loss = numpy_step(params, batch, 0.5)
+        expected, norm, loss = numpy_step(params, batch, 0.5)
         tx = optax.sgd(0.5)
         state, base = start(tx, params)
         state, metrics = make_train_step(loss_fn, tx, accumulate=accumulate)(state, base, batch)
-        got = flatten(state.adapters)
-        assert got.keys() == want.keys()
-        for path, leaf in got.items():
+        actual = flatten(state.adapters)
+        assert actual.keys() == expected.keys()
+        for path, leaf in actual.items():
             assert leaf.dtype == jnp.float64
-            np.testing.assert_allclose(leaf, want[path], rtol=1e-12, atol=1e-14, err_msg=path)
+            np.testing.assert_allclose(leaf, expected[path], rtol=1e-12, atol=1e-14, err_msg=path)
         np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-12)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-12)
 
@@ -131,8 +131,8 @@ def test_gradients_are_accumulated_in_float32():
     rows = jnp.full((32, 8, 2), 2**-8, jnp.bfloat16).at[0].set(1)  # in bfloat16, 1 + 2**-8 is 1
     state, base = start(optax.sgd(1.0), params)
     state, _ = make_train_step(linear, optax.sgd(1.0), accumulate=32)(state, base, rows)
-    want = -jnp.asarray((1 + 31 * 2**-8) / 32, jnp.bfloat16)
-    assert bool((state.adapters["first"]["kernel_lora_a"] == want).all())
+    expected = -jnp.asarray((1 + 31 * 2**-8) / 32, jnp.bfloat16)
+    assert bool((state.adapters["first"]["kernel_lora_a"] == expected).all())
 
 
 def test_clipping_equals_optax_over_the_adapters():
@@ -141,12 +141,12 @@ def test_clipping_equals_optax_over_the_adapters():
     oracle = optax.chain(optax.clip_by_global_norm(0.01), optax.adam(1e-2))
     grads = jax.jit(jax.grad(lambda adapters: loss_fn(join(adapters, base), batch, None)))(adapters)
     assert optax.tree.norm(grads) > 0.02
-    want = optax.apply_updates(adapters, oracle.update(grads, oracle.init(adapters), adapters)[0])
+    expected = optax.apply_updates(adapters, oracle.update(grads, oracle.init(adapters), adapters)[0])
     state, base = start(optax.adam(1e-2), params)
     state, metrics = make_train_step(loss_fn, optax.adam(1e-2), clip=0.01)(state, base, batch)
     np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=1e-5)
-    for got, leaf in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(got, leaf, rtol=1e-5, atol=1e-7)
+    for actual, leaf in zip(jax.tree.leaves(state.adapters), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(actual, leaf, rtol=1e-5, atol=1e-7)
 
 
 def nan_loss(params, batch, key):
@@ -236,13 +236,13 @@ def test_aux_floats_are_averaged_and_counts_are_summed_over_microbatches():
         return loss_fn(params, batch, key), {"x": batch["x"].mean(), "positive": (batch["x"] > 0).sum()}
 
     batch, tx = make_batch(), optax.sgd(0.1)
-    found = []
+    results = []
     for accumulate in (1, 4):
         state, base = start(tx)
         _, metrics = make_train_step(counting, tx, accumulate=accumulate)(state, base, batch)
-        found.append((metrics["x"], metrics["positive"]))
-    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
-    assert int(found[1][1]) == int((batch["x"] > 0).sum())
+        results.append((metrics["x"], metrics["positive"]))
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+    assert int(results[1][1]) == int((batch["x"] > 0).sum())
 
 
 @pytest.mark.parametrize(
