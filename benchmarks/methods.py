@@ -33,12 +33,12 @@ import tyro
 from safetensors.numpy import save_file
 from tuning import METHODS, RANK, TOKENS, Method, loss_fn, merged, optimizer
 
-from jlora.cli.train import read, rows_of
 from jlora.data.batches import Row, buckets, make_rows, ordered_batches, training_batches
 from jlora.data.readers import Text
 from jlora.hf.load import load_model
 from jlora.runs import config as configs
 from jlora.runs.folder import load_base
+from jlora.runs.train import read, rows_of
 from jlora.tasks.tasks import pad_token
 from jlora.training.step import TrainState, make_train_step
 from jlora.tree.paths import Tree, flatten

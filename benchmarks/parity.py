@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import tyro
 
-from jlora.cli.train import read, rows_of, train
 from jlora.data.batches import ordered_batches, training_batches
 from jlora.errors import count
 from jlora.hf.load import MINILM, find_folder
@@ -33,6 +32,7 @@ from jlora.hf.peft import save_peft
 from jlora.runs import folder as runs
 from jlora.runs.config import Adapter, Config, Data, Model, Optimisation, Output
 from jlora.runs.engine import prepare, schedule
+from jlora.runs.train import read, rows_of, train
 from jlora.tasks.metrics import entity_scores
 
 RESULTS = Path(__file__).parent / "results"

@@ -21,9 +21,9 @@ import parity
 import tyro
 
 import jlora
-from jlora.cli.train import read, rows_of, train
 from jlora.errors import count
 from jlora.runs.folder import load_run
+from jlora.runs.train import read, rows_of, train
 from jlora.tree.layouts import AFFIXES
 from jlora.tree.paths import Tree, flatten
 

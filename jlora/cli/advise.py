@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jlora.cli.train import read
 from jlora.errors import JloraValueError
 from jlora.hf.load import LoadedModel, load_model
 from jlora.runs import config as configs
 from jlora.runs.advise import advise
+from jlora.runs.train import read
 
 
 def show(

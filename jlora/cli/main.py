@@ -38,7 +38,7 @@ class Train:
 
     def run(self) -> None:
         """Trains, shows the result and writes it."""
-        from jlora.cli.train import train
+        from jlora.runs.train import train
 
         train(configs.check(self.settings))
 
@@ -75,7 +75,7 @@ class Sweep:
 
     def run(self) -> None:
         """Trains, writes the report and prints the recommendation."""
-        from jlora.cli.sweep import sweep
+        from jlora.runs.sweep_job import sweep
 
         config = configs.check(self.settings)
         folder = config.output.folder
@@ -121,7 +121,7 @@ class Predict:
 
     def run(self) -> None:
         """Prints or writes the answers."""
-        from jlora.cli.predict import predict
+        from jlora.runs.predict import predict
 
         predict(
             self.folder,
@@ -160,7 +160,7 @@ class Eval:
 
     def run(self) -> None:
         """Prints the measures."""
-        from jlora.cli.evaluate import evaluate
+        from jlora.runs.evaluate import evaluate
 
         evaluate(
             self.folder,
@@ -302,7 +302,7 @@ class Inspect:
 
     def run(self) -> None:
         """Prints the table."""
-        from jlora.cli.adapters import inspect
+        from jlora.runs.adapters import inspect
 
         inspect(
             self.folder,
@@ -338,7 +338,7 @@ class Merge:
 
     def run(self) -> None:
         """Writes the model."""
-        from jlora.cli.adapters import merge
+        from jlora.runs.adapters import merge
 
         merge(
             self.folder,
@@ -375,7 +375,7 @@ class Export:
 
     def run(self) -> None:
         """Writes the adapter."""
-        from jlora.cli.adapters import export
+        from jlora.runs.adapters import export
 
         export(
             self.folder,

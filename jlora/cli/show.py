@@ -196,7 +196,7 @@ def model_card(config: Config, result: Mapping[str, Any]) -> str:
 
 ```python
 import jlora
-from jlora.cli.predict import answers
+from jlora.runs.predict import answers
 from jlora.runs.folder import load_run
 
 run = load_run({folder!r})  # base, adapter and tokenizer

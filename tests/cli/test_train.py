@@ -626,7 +626,7 @@ def test_exit_codes_tell_a_fault_and_a_stop_from_a_mistake(job, capsys, monkeypa
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("jlora.cli.predict.load_run", fail)
+        monkeypatch.setattr("jlora.runs.predict.load_run", fail)
         assert main(["predict", str(job[1]), QUESTION]) == code
         assert words in capsys.readouterr().err
 

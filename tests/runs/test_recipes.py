@@ -15,7 +15,6 @@ import pytest
 import tiny_job
 
 from jlora.cli.show import hints, model_card
-from jlora.cli.train import read, rows_of, truncation_notes
 from jlora.data.batches import make_rows, pad
 from jlora.data.tags import entities
 from jlora.runs import config as configs
@@ -36,6 +35,7 @@ from jlora.runs.engine import (
     schedule,
 )
 from jlora.runs.inspection import load_adapted
+from jlora.runs.train import read, rows_of, truncation_notes
 from jlora.tasks.tasks import TASKS, log_softmax
 from jlora.training.checkpoint import describe_model, write_digests
 from jlora.tree.paths import flatten

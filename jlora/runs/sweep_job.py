@@ -24,9 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jlora.cli.report import PAGE, PICTURE, write_report
 from jlora.cli.streams import Terminal
-from jlora.cli.train import peak_memory, print_format, print_truncation, read, read_as, rows_of
 from jlora.data.batches import Row, check_targets
 from jlora.data.readers import Corpus
 from jlora.errors import JloraFileExistsError, JloraValueError, nearest
@@ -36,6 +34,8 @@ from jlora.runs.config import Config, Range
 from jlora.runs.engine import Job, check_training, make_optimizer, prepare
 from jlora.runs.sweep import Judged, Member, Progressed, SweepResult
 from jlora.runs.sweep import sweep as search
+from jlora.runs.sweep_report import PAGE, PICTURE, write_report
+from jlora.runs.train import peak_memory, print_format, print_truncation, read, read_as, rows_of
 from jlora.tasks.tasks import TASKS, Task
 from jlora.tree.layouts import max_rank
 from jlora.tree.paths import Tree, TreePath, flatten

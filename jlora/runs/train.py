@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from jlora.cli import show
-from jlora.cli.predict import answers
 from jlora.cli.show import Monitor, learning_curve, megabytes, result_table
 from jlora.cli.streams import Terminal
 from jlora.data.batches import Row, Rows, balance_classes, check_targets, make_rows, pack
@@ -45,6 +44,7 @@ from jlora.runs.engine import (
     nulled,
 )
 from jlora.runs.folder import Run
+from jlora.runs.predict import answers
 from jlora.runs.start import choose_tokenizer, start_adapter
 from jlora.tasks.tasks import Classes, Scores
 from jlora.tree.summary import Summary, summary

@@ -6,7 +6,6 @@ from typing import Any, get_args
 
 from jlora.cli.show import result_table
 from jlora.cli.streams import Terminal, json_line
-from jlora.cli.train import print_truncation, rows_of
 from jlora.data.batches import check_targets
 from jlora.data.readers import read_corpus
 from jlora.errors import JloraValueError
@@ -15,6 +14,7 @@ from jlora.runs import config as configs
 from jlora.runs.config import Config, TaskName, fields_of
 from jlora.runs.folder import CONFIG, Run, load_run, make_task
 from jlora.runs.inspection import stored_dtype
+from jlora.runs.train import print_truncation, rows_of
 from jlora.tasks.tasks import TASKS, Classes
 from jlora.tree.wrapping import merge
 
