@@ -38,7 +38,7 @@ from jlora.data.readers import Text
 from jlora.hf.load import load_model
 from jlora.runs import config as configs
 from jlora.runs.folder import load_base
-from jlora.runs.train import read, rows_of
+from jlora.runs.job_data import make_split_rows, read_splits
 from jlora.tasks.tasks import pad_token
 from jlora.training.step import TrainState, make_train_step
 from jlora.tree.paths import Tree, flatten
@@ -127,9 +127,9 @@ class Work(NamedTuple):
 def minilm(options: Options) -> Work:
     """MiniLM with a new head of 26 classes."""
     config = configs.read(HERE.parent / "examples/faq.toml")
-    corpus = read(config)
+    corpus = read_splits(config)
     loaded = load_base(config, corpus.labels)
-    rows = {split: rows_of(config, loaded.tokenizer, corpus, split).rows for split in corpus.splits}
+    rows = {split: make_split_rows(config, loaded.tokenizer, corpus, split).rows for split in corpus.splits}
     shapes = {"batch_size": 32, "max_length": config.data.max_length, "pad_id": pad_token(loaded.tokenizer)}
     return Work(loaded.model, loaded.params, rows, shapes, "accuracy", "MiniLM-L6 on examples/faq (26 classes)")
 

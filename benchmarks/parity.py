@@ -32,7 +32,8 @@ from jlora.hf.peft import save_peft
 from jlora.runs import folder as runs
 from jlora.runs.config import Adapter, Config, Data, Model, Optimisation, Output
 from jlora.runs.engine import prepare, schedule
-from jlora.runs.train import read, rows_of, train
+from jlora.runs.job_data import make_split_rows, read_splits
+from jlora.runs.train import train
 from jlora.tasks.metrics import entity_scores
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,8 +120,9 @@ def defaults(options: Options, scratch: Path, seed: int) -> Config:
 
 
 def steps_of(config: Config) -> int:
-    tokenizer = runs.load_base(config, read(config).labels).tokenizer
-    return len(batches_of(config, rows_of(config, tokenizer, read(config), "train").rows, tokenizer)) * EPOCHS
+    corpus = read_splits(config)
+    tokenizer = runs.load_base(config, corpus.labels).tokenizer
+    return len(batches_of(config, make_split_rows(config, tokenizer, corpus, "train").rows, tokenizer)) * EPOCHS
 
 
 def batches_of(config: Config, rows: Any, tokenizer: Any) -> Any:
@@ -143,9 +145,9 @@ def run_peft(config: Config) -> dict[str, float]:
     import transformers
     from peft import PeftModel
 
-    corpus, options = read(config), config.optimisation
+    corpus, options = read_splits(config), config.optimisation
     tokenizer = transformers.AutoTokenizer.from_pretrained(find_folder(config.model.name, None))
-    rows = {name: rows_of(config, tokenizer, corpus, name).rows for name in corpus.splits}
+    rows = {name: make_split_rows(config, tokenizer, corpus, name).rows for name in corpus.splits}
     tokens = config.data.task == "token_classification"
     kind = transformers.AutoModelForTokenClassification if tokens else transformers.AutoModelForSequenceClassification
     # The base's own dropout is off, as in jlora: it is frozen.

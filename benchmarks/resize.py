@@ -23,7 +23,8 @@ import tyro
 import jlora
 from jlora.errors import count
 from jlora.runs.folder import load_run
-from jlora.runs.train import read, rows_of, train
+from jlora.runs.job_data import make_split_rows, read_splits
+from jlora.runs.train import train
 from jlora.tree.layouts import AFFIXES
 from jlora.tree.paths import Tree, flatten
 
@@ -56,8 +57,8 @@ def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
     )
     train(config)
     run = load_run(config.output.folder)
-    corpus = read(config)
-    rows = rows_of(config, run.task.loaded.tokenizer, corpus, "validation").rows
+    corpus = read_splits(config)
+    rows = make_split_rows(config, run.task.loaded.tokenizer, corpus, "validation").rows
     found = []
     for energy in (None, *options.energies):
         params = run.params if energy is None else jlora.resize(run.params, energy=energy)

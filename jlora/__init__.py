@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from jlora.hf.peft import load_peft, save_peft
     from jlora.models.generate import generate, stream
     from jlora.runs.advise import Advice, advise
+    from jlora.runs.folder import load_run
     from jlora.runs.plan import Plan, plan
     from jlora.runs.sweep import SweepResult, sweep
+    from jlora.runs.train import train
     from jlora.training.checkpoint import restore_adapter, save_adapter
     from jlora.training.losses import cross_entropy
     from jlora.training.optimizer import optimizer
@@ -56,6 +58,7 @@ HOMES = {
     "join": "tree.splitting",
     "load_model": "hf.load",
     "load_peft": "hf.peft",
+    "load_run": "runs.folder",
     "make_train_step": "training.step",
     "mask": "tree.splitting",
     "merge": "tree.wrapping",
@@ -72,6 +75,7 @@ HOMES = {
     "stream": "models.generate",
     "summary": "tree.summary",
     "sweep": "runs.sweep",
+    "train": "runs.train",
     "unwrap": "tree.wrapping",
     "wrap": "tree.wrapping",
 }

@@ -8,7 +8,7 @@ from jlora.errors import JloraValueError
 from jlora.hf.load import LoadedModel, load_model
 from jlora.runs import config as configs
 from jlora.runs.advise import advise
-from jlora.runs.train import read
+from jlora.runs.job_data import read_splits
 
 
 def show(
@@ -45,7 +45,7 @@ def show(
             base = job.model.name
         if model is None and job.model.revision is not None:
             base = load_model(job.model.name, revision=job.model.revision, abstract=True)
-        examples = len(read(job).splits["train"]) if examples is None else examples
+        examples = len(read_splits(job).splits["train"]) if examples is None else examples
         settings = {"targets": job.adapter.targets} | (step_of(job) if memory is not None else {})
     missing = [f"--{name}" for name, value in {"task": task, "examples": examples}.items() if value is None]
     if missing:

@@ -38,7 +38,7 @@ class Train:
 
     def run(self) -> None:
         """Trains, shows the result and writes it."""
-        from jlora.runs.train import train
+        from jlora.cli.train import train
 
         train(configs.check(self.settings))
 
@@ -75,7 +75,7 @@ class Sweep:
 
     def run(self) -> None:
         """Trains, writes the report and prints the recommendation."""
-        from jlora.runs.sweep_job import sweep
+        from jlora.cli.sweep import sweep
 
         config = configs.check(self.settings)
         folder = config.output.folder
@@ -121,7 +121,7 @@ class Predict:
 
     def run(self) -> None:
         """Prints or writes the answers."""
-        from jlora.runs.predict import predict
+        from jlora.cli.predict import predict
 
         predict(
             self.folder,
@@ -160,7 +160,7 @@ class Eval:
 
     def run(self) -> None:
         """Prints the measures."""
-        from jlora.runs.evaluate import evaluate
+        from jlora.cli.evaluate import evaluate
 
         evaluate(
             self.folder,
@@ -302,7 +302,7 @@ class Inspect:
 
     def run(self) -> None:
         """Prints the table."""
-        from jlora.runs.adapters import inspect
+        from jlora.cli.adapters import inspect
 
         inspect(
             self.folder,
@@ -338,7 +338,7 @@ class Merge:
 
     def run(self) -> None:
         """Writes the model."""
-        from jlora.runs.adapters import merge
+        from jlora.cli.adapters import merge
 
         merge(
             self.folder,
@@ -375,7 +375,7 @@ class Export:
 
     def run(self) -> None:
         """Writes the adapter."""
-        from jlora.runs.adapters import export
+        from jlora.cli.adapters import export
 
         export(
             self.folder,
@@ -412,11 +412,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAULT if message is None else MISTAKE
     except Exception as error:
         # Only an error waits for this import.
-        from jlora.runs.engine import Stopped
+        from jlora.runs.engine import Interrupted
 
-        stopped = isinstance(error, Stopped)
-        report(f"jlora: {error}" if stopped else traceback.format_exc())
-        return SIGNALLED + error.signal if isinstance(error, Stopped) else FAULT
+        interrupted = isinstance(error, Interrupted)
+        report(f"jlora: {error}" if interrupted else traceback.format_exc())
+        return SIGNALLED + error.signal if isinstance(error, Interrupted) else FAULT
     return DONE
 
 

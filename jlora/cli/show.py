@@ -1,28 +1,18 @@
-"""What a training run looks like: a progress bar, tables, a picture, hints, and a card for who finds the folder."""
+"""What a terminal shows of a training run: a progress bar, tables and hints."""
 
 import contextlib
-import json
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata as packages
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jlora.runs import config as configs
 from jlora.runs.config import Config
 from jlora.runs.curves import rising, stalled
-from jlora.runs.engine import Evaluation, Step, nulled
-
-LIBRARIES = ("jlora", "jax", "flax", "optax", "orbax-checkpoint", "transformers")
-QUESTION = "where is my parcel?"
+from jlora.runs.engine import Evaluation, Step
 
 
 class Monitor:
@@ -86,7 +76,7 @@ class Monitor:
                     f"  {rate} {self.unit}/s  lr {event.learning_rate:.1e}"
                 )
         else:
-            value = f"{value_of(event, self.measure):.3f}"
+            value = f"{event.value(self.measure):.3f}"
             self.bar.update(self.task, value=value)
             self.print(
                 f"epoch {event.epoch}/{self.epochs}  step {event.step}  loss {self.loss:.3f}"
@@ -103,11 +93,6 @@ class Monitor:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def value_of(event: Evaluation, measure: str) -> float:
-    """An evaluation's loss, or the metric of that name."""
-    return event.loss if measure == "loss" else event.metrics[measure]
-
-
 def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     """Two columns: what, and how much."""
     table = Table(show_header=False)
@@ -119,41 +104,8 @@ def result_table(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def learning_curve(path: Path, events: Sequence[Step | Evaluation], measure: str) -> None:
-    """Draws both losses, and the validation metric if it is another, over the steps; a PNG.
-
-    Without an evaluation it draws the training loss alone.
-    """
-    steps = [event for event in events if isinstance(event, Step)]
-    found = [event for event in events if isinstance(event, Evaluation)]
-    measure = measure if found else "loss"
-    figure = Figure(figsize=(9 if measure != "loss" else 5, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels: Any = figure.subplots(1, 1 if measure == "loss" else 2, squeeze=False)[0]
-    ends = [event.step for event in found]
-    panels[0].plot([step.step for step in steps], [step.loss for step in steps], label="training")
-    if found:
-        panels[0].plot(ends, [event.loss for event in found], "o-", label="validation")
-    panels[0].set(xlabel="step", ylabel="cross entropy, nats")
-    panels[0].legend()
-    for best in [event for event in found if event.best][-1:]:
-        panels[-1].annotate(
-            f"best: {value_of(best, measure):.3f}",
-            (best.step, value_of(best, measure)),
-            xytext=(0, -14),
-            textcoords="offset points",
-            ha="right",
-        )
-    if measure != "loss":
-        panels[1].plot(ends, [value_of(event, measure) for event in found], "o-", color="C1")
-        panels[1].set(xlabel="step", ylabel=f"validation {measure}", ylim=(0, 1.02))
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def hints(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
-    """What the curves say about the next run: a larger rank where training stalled, a smaller where validation rose."""
+def describe_curves(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
+    """Hints for the next run: a larger rank if training stalled, a smaller one if the validation loss rose."""
     rank = config.adapter.rank
     rise = rising([event.loss for event in events if isinstance(event, Evaluation)])
     if rise is not None:
@@ -166,61 +118,6 @@ def hints(events: Sequence[Step | Evaluation], config: Config) -> list[str]:
     if loss is None or rank >= 64:
         return []
     return [f"Training loss stalled at {loss:.3f} with rank {rank}: try rank {2 * rank}, or a higher learning rate."]
-
-
-def model_card(config: Config, result: Mapping[str, Any]) -> str:
-    """The README.md of a run's folder: what was trained on which data, the result, and how to use it."""
-    folder, question = str(config.output.folder), next(iter(config.data.questions), QUESTION)
-    metrics = "\n".join(f"| {name} | {json.dumps(nulled(value))} |" for name, value in result.items())
-    versions = ", ".join(f"{name} {packages.version(name)}" for name in LIBRARIES if is_installed(name))
-    data = config.data
-    sources = {"train": data.train, "validation": data.validation, "test": data.test}
-    lines = "\n".join(f"- {name}: `{path}`" for name, path in sources.items() if isinstance(path, Path))
-    return f"""# LoRA adapter for {config.model.name}
-
-- Base: `{config.model.name}`
-- Task: {data.task}
-{lines}
-
-| | |
-| --- | --- |
-{metrics}
-
-![learning curve](learning_curve.png)
-
-## Use
-
-```sh
-{shlex.join(["jlora", "predict", folder, question])}
-```
-
-```python
-import jlora
-from jlora.runs.predict import answers
-from jlora.runs.folder import load_run
-
-run = load_run({folder!r})  # base, adapter and tokenizer
-params = jlora.merge(run.params)  # inference then costs what it costs with the base alone
-for answer in answers(run, params, [{question!r}]):
-    print(answer)
-```
-
-## Settings
-
-```toml
-{configs.to_toml(config)}```
-
-Made with {versions}.
-"""
-
-
-def is_installed(name: str) -> bool:
-    """Whether a library's version can be told."""
-    try:
-        packages.version(name)
-    except packages.PackageNotFoundError:
-        return False
-    return True
 
 
 def megabytes(size: float) -> str:

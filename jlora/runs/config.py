@@ -314,13 +314,17 @@ def parse(values: Mapping[str, Any], *, source: str, folder: Path) -> Config:
     return config
 
 
-def check(config: Config) -> Config:
-    """The same job with its paths made absolute, its values checked wherever they came from.
+def check(config: Config, source: str = "the command line") -> Config:
+    """The same job with its paths made absolute and its values checked.
+
+    Args:
+        config: the job; its paths are relative to the working directory.
+        source: where the values come from, for the error.
 
     Raises:
         ValueError: values are out of range: all of them are listed.
     """
-    return parse(_plain(config), source="the command line", folder=Path.cwd())
+    return parse(_plain(config), source=source, folder=Path.cwd())
 
 
 def with_model(config: Config, name: str) -> Config:

@@ -67,7 +67,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The validation data were asked.
+    """The model was evaluated on the validation data.
 
     Attributes:
         step: steps taken so far.
@@ -85,6 +85,10 @@ class Evaluation(NamedTuple):
     best: bool
     params: Tree
 
+    def value(self, measure: str) -> float:
+        """Returns the loss for "loss", or else the metric of that name."""
+        return self.loss if measure == "loss" else self.metrics[measure]
+
 
 class Snapshot(NamedTuple):
     """The adapter of a run without validation data, where a run with them would be evaluated.
@@ -98,24 +102,24 @@ class Snapshot(NamedTuple):
     params: Tree
 
 
-class Compiled(NamedTuple):
-    """The step was compiled for the largest batch.
+class StepMemory(NamedTuple):
+    """The memory use of the step, which was compiled for the largest batch.
 
     Attributes:
-        held: bytes that parameters, optimizer state and batch take.
-        temporary: bytes that the step needs beside them, by the compiler's count.
+        argument_bytes: bytes of parameters, optimizer state and batch.
+        temporary_bytes: bytes that the step needs in addition, as counted by the compiler.
     """
 
-    held: int
-    temporary: int
+    argument_bytes: int
+    temporary_bytes: int
 
 
-class Resumed(NamedTuple):
-    """A run goes on from a checkpoint.
+class Resumption(NamedTuple):
+    """A run resumes from a checkpoint.
 
     Attributes:
-        step: steps it had taken.
-        past: what had happened by then.
+        step: steps taken before the checkpoint.
+        past: steps and evaluations before the checkpoint.
         damaged: newer checkpoints that were damaged and deleted, each with the reason.
     """
 
@@ -136,13 +140,13 @@ class Damage(NamedTuple):
     damaged: list[str]
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has saved where it is.
+class Interrupted(Exception):
+    """A signal stopped the run after a checkpoint was saved; rerun the same command to resume.
 
     Args:
         step: steps taken.
-        signal: the number of the signal that asked.
-        overwrite: whether the command, given again, would begin anew.
+        signal: the number of the signal.
+        overwrite: whether the same command would start again from the beginning.
     """
 
     def __init__(self, step: int, signal: int, overwrite: bool = False):
@@ -461,12 +465,12 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
         should_stop: asked after every step; a signal's number to stop, 0 to go on.
 
     Yields:
-        `Compiled`; `Resumed` where there was a checkpoint; a `Step` every `output.log_every` steps and before an
+        `StepMemory`; `Resumption` if there was a checkpoint; a `Step` every `output.log_every` steps and before an
         evaluation; an `Evaluation` every `run.evaluate_every` steps, or epoch, and at the end. Without validation
         data, a `Snapshot` in its place.
 
     Raises:
-        Stopped: `should_stop` said so; where the run is has been saved.
+        Interrupted: `should_stop` returned a signal's number; a checkpoint has been saved.
         ValueError: too many steps were not finite, the last good state has been saved; what was saved can't be gone on
             from.
         OSError: a checkpoint can't be written; those before it are there.
@@ -500,7 +504,7 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
             past = history.rewind(notes["written"], notes.get("metrics"))
             if damaged:
                 history.add(Damage(int(state.step), damaged))
-            yield Resumed(int(state.step), past, damaged)
+            yield Resumption(int(state.step), past, damaged)
         n = int(state.step)
         while n < steps and not is_over(progress, options.run.patience):
             prepared = next(batches)
@@ -528,15 +532,15 @@ def fit(job: Job, folder: Path, *, should_stop: Callable[[], int] = lambda: 0) -
             if stop or evaluates or (options.run.save_every and n % options.run.save_every == 0):
                 save(n)
             if stop:
-                raise Stopped(n, stop, options.output.overwrite)
+                raise Interrupted(n, stop, options.output.overwrite)
     finally:
         checkpoints.close()
 
 
-def memory(step: Any, state: TrainState, base: Tree, batch: Any) -> Compiled:
-    """What the compiled step takes; the compiled code serves the first call of these shapes too."""
+def memory(step: Any, state: TrainState, base: Tree, batch: Any) -> StepMemory:
+    """The memory use of the compiled step; the compiled code serves the first call of these shapes too."""
     found = step.lower(state, base, batch).compile().memory_analysis()
-    return Compiled(found.argument_size_in_bytes, found.temp_size_in_bytes)
+    return StepMemory(found.argument_size_in_bytes, found.temp_size_in_bytes)
 
 
 def agree(number: int) -> int:

@@ -1,12 +1,10 @@
-"""`jlora eval`: what a saved run makes of other data."""
+"""The loss and metrics of a saved run, or of a merged model, on other data."""
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from jlora.cli.show import result_table
-from jlora.cli.streams import Terminal, json_line
-from jlora.data.batches import check_targets
+from jlora.data.batches import Rows, check_targets
 from jlora.data.readers import read_corpus
 from jlora.errors import JloraValueError
 from jlora.hf.load import load_model
@@ -14,37 +12,54 @@ from jlora.runs import config as configs
 from jlora.runs.config import Config, TaskName, fields_of
 from jlora.runs.folder import CONFIG, Run, load_run, make_task
 from jlora.runs.inspection import stored_dtype
-from jlora.runs.train import print_truncation, rows_of
+from jlora.runs.job_data import make_split_rows
 from jlora.tasks.tasks import TASKS, Classes
 from jlora.tree.wrapping import merge
 
 
+class EvaluationResult(NamedTuple):
+    """The result of an evaluation.
+
+    Attributes:
+        source: the file or data set.
+        records: number of its records.
+        rows: its rows, with the numbers of records that were cut off and dropped.
+        metrics: the loss and the task's metrics, by name.
+        config: the job of the run, or the one made up for a merged model.
+    """
+
+    source: str
+    records: int
+    rows: Rows
+    metrics: dict[str, float]
+    config: Config
+
+
 def evaluate(
     folder: Path,
-    data: str | None,
+    data: str | None = None,
     *,
-    task: TaskName | None,
-    config: Path | None,
-    max_length: int | None,
-    as_json: bool,
-    model: str | None,
-) -> dict[str, float]:
-    """Prints the loss and the metrics of a run, or of a merged model, on a file.
+    task: TaskName | None = None,
+    config: Path | None = None,
+    max_length: int | None = None,
+    model: str | None = None,
+) -> EvaluationResult:
+    """Measures the loss and the metrics of a run, or of a merged model, on a file.
 
     Args:
         folder: what `jlora train` or `jlora merge` wrote.
-        data: a file or data set of the task; None for a run's own test file.
+        data: a file or data set of the task; None for the run's own test file.
         task: the task of a merged model; None for a run, or for that of `config`.
-        config: a job's TOML file, whose [data] says how the data of a merged model are read; None for a run, or for
-            the default names of the columns.
-        max_length: tokens of an example that are read, for a merged model; None for that of `config`, or the default.
-        as_json: print one JSON object.
-        model: where the base model of a run is, if not where it was.
+        config: a job's TOML file, whose [data] section specifies how the data of a merged model are read; None for a
+            run, or for the default names of the columns.
+        max_length: number of tokens of an example that are read, for a merged model; None for that of `config`, or
+            the default.
+        model: folder or hub name of the base model of a run, if it was moved.
 
     Raises:
-        FileNotFoundError: no run or model in `folder`, or no such data.
-        ValueError: a run without a test file, a merged model without a task or data, lines that can't be used, labels
-            that the run or model does not know.
+        FileNotFoundError: there is no run or model in `folder`, or no such data.
+        ValueError: a run without a test file, a merged model without a task or data, lines that can't be used, or
+            labels that the run or model does not have.
     """
     if is_model(folder):
         run = load_merged(folder, data, task, config, max_length, model)
@@ -70,19 +85,12 @@ def evaluate(
         labels=run.task.labels or None,
     )
     corpus = corpus._replace(labels=run.task.labels)
-    rows = rows_of(run.config, run.task.loaded.tokenizer, corpus, "test")
+    rows = make_split_rows(run.config, run.task.loaded.tokenizer, corpus, "test")
     check_targets("eval", {"test": rows.rows}, run.config.data.max_length)
     run.task.check_vocabulary("eval", {"test": rows.rows})
     scores = run.task.score(params, rows.rows, merged=True)
-    found = {"loss": scores.loss, **scores.metrics}
-    if as_json:
-        counts = {"records": len(corpus.splits["test"]), "cut": rows.cut, "dropped": rows.dropped}
-        print(json_line({"data": str(source), **counts, **found}))
-    else:
-        print_truncation(Terminal(), run.config.data, {"test": rows})
-        table = [("data", str(source)), ("records", f"{len(corpus.splits['test']):,}")]
-        Terminal().print(result_table(table + [(name, f"{value:.4f}") for name, value in found.items()]))
-    return found
+    metrics = {"loss": scores.loss, **scores.metrics}
+    return EvaluationResult(str(source), len(corpus.splits["test"]), rows, metrics, run.config)
 
 
 def is_model(folder: Path) -> bool:
@@ -98,10 +106,10 @@ def load_merged(
     max_length: int | None,
     model: str | None,
 ) -> Run:
-    """A merged model as a run without an adapter, with the labels of its config.
+    """Loads a merged model as a run without an adapter, with the labels of its config.
 
     Raises:
-        ValueError: no task or data, an option of runs, or a model that is not the task's.
+        ValueError: the task or the data are missing, an option of runs is given, or the model does not fit the task.
     """
     config = merged_config(folder, data, task, job, max_length, model)
     loaded = load_model(folder, dtype=config.model.dtype, head=TASKS[config.data.task].head)

@@ -1,9 +1,8 @@
-"""`jlora predict`: answers from a saved run."""
+"""Answers from a saved run."""
 
 import itertools
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,25 +11,14 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from jlora.cli.streams import decode_arguments, json_line, read_input
 from jlora.data.batches import Row, make_rows, prompt_ids, tokenise
 from jlora.data.readers import Chat, ColumnError, Message, Tagged, read_prompt, shown
 from jlora.data.tags import entities
-from jlora.errors import (
-    JloraFileExistsError,
-    JloraFileNotFoundError,
-    JloraIsADirectoryError,
-    JloraOSError,
-    JloraPermissionError,
-    JloraValueError,
-    count,
-    quoted,
-)
+from jlora.errors import JloraOSError, JloraValueError, count, quoted
 from jlora.hf.chat import stop_tokens
-from jlora.models.generate import generate, unusable_seed, unusable_settings
-from jlora.runs import config as configs
+from jlora.models.generate import generate
 from jlora.runs.config import Data, Sampling, fields_of
-from jlora.runs.folder import CONFIG, Run, load_run
+from jlora.runs.folder import Run
 from jlora.tasks.tasks import Entities, Language, log_softmax, pad_token
 from jlora.tree.paths import Tree
 from jlora.tree.wrapping import merge
@@ -38,83 +26,8 @@ from jlora.tree.wrapping import merge
 Question = str | Chat
 
 
-def predict(
-    folder: Path,
-    questions: Sequence[str],
-    *,
-    source: Path | None,
-    output: Path | None,
-    overwrite: bool,
-    top: int,
-    as_json: bool,
-    model: str | None,
-    sampling: Sampling,
-) -> None:
-    """Prints what a run says to every question, or writes it to a file.
-
-    Args:
-        folder: what `jlora train` wrote.
-        questions: what to ask; empty for `source`, or else for the lines of the standard input.
-        source: a file of JSON lines with the questions.
-        output: the file to write, one JSON object for each question; None for the standard output.
-        overwrite: replace `output` where it exists.
-        top: classes to show for each.
-        as_json: print one JSON object a question.
-        model: where the base model is, if not where it was.
-        sampling: how a language model answers.
-
-    Raises:
-        ValueError: no question, a blank one, settings out of range or of another task, a run that is damaged.
-        OSError: no run in `folder`, or a file can't be read or written.
-    """
-    asked: list[Question] = [*decode_arguments("predict", questions)]
-    if source is None and not asked:
-        asked = [line.strip() for line in read_input("predict").splitlines() if line.strip()]
-    wrong = [] if asked or source is not None else ["no question was given"]
-    wrong += ["questions were given twice  expected: QUESTIONS or --input FILE"] if asked and source is not None else []
-    wrong += [f"question {n} is blank" for n, text in enumerate(asked, 1) if not str(text).strip()]
-    wrong += [f"--top {top}  expected: a whole number from 1"] if top < 1 else []
-    wrong += unusable_settings(sampling.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p)
-    wrong += unusable_seed(sampling.seed)
-    if wrong:
-        fix = 'ask as in: jlora predict FOLDER "where is my parcel?" --top 3.'
-        raise JloraValueError("predict", "nothing can be answered.", wrong, fix)
-    if output is not None:
-        check_output(output, overwrite)
-    # Before the model is loaded; a folder without a config is refused by load_run.
-    if source is not None and (folder / CONFIG).is_file():
-        asked = read_questions(source, configs.read(folder / CONFIG).data)
-    run = load_run(folder, model=model)
-    check_sampling(run, sampling)
-    # Merged into the base, the adapter costs nothing.
-    given = answers(run, merge(run.params), asked, top=top, as_json=as_json or output is not None, sampling=sampling)
-    if output is not None:
-        write_lines(output, given)
-        print(f"{count(len(asked), 'answer')} written to {output}")
-        return
-    for text in given:
-        print(text)
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Checks that a file can be written, before anything is computed for it.
-
-    Raises:
-        OSError: it exists and may not be replaced, or its folder is missing or can't be written to.
-    """
-    fix = "choose another --output."
-    if path.is_dir():
-        raise JloraIsADirectoryError("predict", f"{path} is a folder, not a file.", [], fix)
-    if path.exists() and not overwrite:
-        raise JloraFileExistsError("predict", f"{path} exists.", [], f"{fix[:-1]}, or pass --overwrite.")
-    if not path.parent.is_dir():
-        raise JloraFileNotFoundError("predict", f"{path.parent} is not a folder.", [], f"make it, or {fix}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise JloraPermissionError("predict", f"{path.parent} can't be written to.", [], fix)
-
-
 def check_sampling(run: Run, sampling: Sampling) -> None:
-    """Checks that the settings of a language model were given for one.
+    """Checks that sampling settings are given only for a run that generates text.
 
     Raises:
         ValueError: the run classifies.
@@ -162,10 +75,10 @@ def read_questions(source: Path, data: Data) -> list[Question]:
 
 
 def question_of(record: Any, data: Data, at: str = "") -> Question:
-    """The question of a line, which is a string or an object.
+    """Returns the question of a line, which is a string or an object.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the line has no question.
     """
     if not isinstance(record, dict):
         return _text_of("the line", record)
@@ -203,62 +116,57 @@ def _text_of(name: str, value: Any) -> str:
     return value
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Writes a file that is there in full or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # A lone surrogate becomes its escape, which is JSON's too.
-        with beside.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(f"{line}\n" for line in lines)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def answers(
+def predict(
     run: Run,
-    params: Tree,
     questions: Sequence[Question],
     *,
+    params: Tree | None = None,
     top: int = 1,
-    as_json: bool = False,
     sampling: Sampling | None = None,
-) -> Iterator[str]:
-    """What a run says to every question, as text or as a line of JSON.
+) -> Iterator[dict[str, Any]]:
+    """Answers questions with a run; the answers are computed as they are read.
 
     Args:
-        run: the run.
-        params: its merged parameters.
-        questions: what is asked; an instruction run continues a `Chat`.
-        top: classes to show for each.
-        as_json: one JSON object a question.
-        sampling: how a language model answers; None takes the likeliest tokens.
+        run: what `jlora.load_run` returns.
+        questions: the texts; an instruction run also continues a `Chat`.
+        params: the run's merged parameters; None to merge them here.
+        top: number of classes to return for each text, most probable first.
+        sampling: how a language model generates; None takes the most probable token each time.
+
+    Returns:
+        For each question a dict of "question" and "entries" (sequence classification: dicts of "label", "probability"
+        and, if the run has answers, "answer"), "entities" (token classification: dicts of "type" and "text") or
+        "answer" (language models), with a "note" if `max_length` cut the text. Values are those of JSON.
+
+    Raises:
+        ValueError: the sampling settings were given for a run that generates no text, or a token is not in the
+            vocabulary.
     """
-    for item in predictions(run, params, questions, top, Sampling() if sampling is None else sampling):
-        yield json_line(item) if as_json else answer_text(item)
+    sampling = Sampling() if sampling is None else sampling
+    check_sampling(run, sampling)
+    return answer_questions(run, merge(run.params) if params is None else params, questions, top, sampling)
 
 
-def predictions(
+def answer_questions(
     run: Run, params: Tree, questions: Sequence[Question], top: int, sampling: Sampling
 ) -> Iterator[dict[str, Any]]:
-    """The answer to every question, as JSON keeps it."""
+    """Yields the answer to every question, computed with merged parameters."""
     if isinstance(run.task, Language):
-        found: Iterable[Any] = ({"answer": text} for text in continuations(run, params, questions, sampling))
+        results: Iterable[Any] = ({"answer": text} for text in continuations(run, params, questions, sampling))
     elif isinstance(run.task, Entities):
-        found = (
+        results = (
             {"entities": [{"type": kind, "text": words} for kind, words in sentence.entities]}
             | truncation(run, count(sentence.untagged, "word is", "words are") + " not tagged", sentence.untagged)
             for sentence in tagged(run, params, [str(question) for question in questions])
         )
     else:
         chances, cut = probabilities(run, params, [str(question) for question in questions])
-        found = (
+        results = (
             {"entries": ranked(chance, run, top)} | truncation(run, "the rest of the text is not read", n in cut)
             for n, chance in enumerate(chances)
         )
-    for question, answer in zip(questions, found, strict=True):
-        asked = question if isinstance(question, str) else list(question.messages)
-        yield {"question": asked} | answer
+    for question, result in zip(questions, results, strict=True):
+        yield {"question": question if isinstance(question, str) else list(question.messages)} | result
 
 
 def truncation(run: Run, what: str, happened: object) -> dict[str, str]:
@@ -293,15 +201,15 @@ def tagged(run: Run, params: Tree, questions: Sequence[str]) -> list[Sentence]:
     run.task.check_vocabulary("predict", {"questions": rows})
     tags = run.task.score(params, rows, merged=True).outputs
     found = [
-        [(kind, " ".join(tokens[first : last + 1])) for kind, first, last in entities(said)]
-        for tokens, said in zip(words, tags, strict=True)
+        [(kind, " ".join(tokens[first : last + 1])) for kind, first, last in entities(predicted)]
+        for tokens, predicted in zip(words, tags, strict=True)
     ]
     beyond = [0 if row.beyond is None else len(row.beyond) for row in rows]
     return [Sentence(*pair) for pair in zip(found, beyond, strict=True)]
 
 
 def continuations(run: Run, params: Tree, questions: Sequence[Question], sampling: Sampling) -> Iterator[str]:
-    """What a language model goes on with, or answers, computed batch by batch."""
+    """Generates a language model's continuations or answers, batch by batch."""
     loaded, chat = run.task.loaded, run.config.data.task == "instruction"
     prompts = [prompt_of(loaded.tokenizer, question, chat) for question in questions]
     stops, size = stop_tokens(loaded, chat=chat), run.config.optimisation.batch_size
@@ -324,7 +232,7 @@ def continuations(run: Run, params: Tree, questions: Sequence[Question], samplin
 
 
 def prompt_of(tokenizer: Any, question: Question, chat: bool) -> list[int]:
-    """The tokens that an answer follows, or those of a text that goes on."""
+    """The token ids of a prompt, or of a text to continue."""
     if chat:
         if isinstance(question, str):
             question = Chat((Message(role="user", content=question),))
@@ -340,15 +248,15 @@ def ranked(chances: Float[np.ndarray, " labels"], run: Run, top: int) -> list[di
     return [entry | ({"answer": run.answers[entry["label"]]} if run.answers else {}) for entry in entries]
 
 
-def answer_text(item: dict[str, Any]) -> str:
-    """A prediction as lines of text: the question, and its answer, entities or best classes."""
-    question = item["question"]
+def format_answer(prediction: Mapping[str, Any]) -> str:
+    """Formats a prediction as lines of text: the question, and its answer, entities or best classes."""
+    question = prediction["question"]
     lines = [question if isinstance(question, str) else question[-1]["content"]]
-    lines += [f"  {item['answer'].strip()}"] if "answer" in item else []
-    lines += [f"  {entity['type']}: {entity['text']}" for entity in item.get("entities", [])]
-    for entry in item.get("entries", []):
+    lines += [f"  {prediction['answer'].strip()}"] if "answer" in prediction else []
+    lines += [f"  {entity['type']}: {entity['text']}" for entity in prediction.get("entities", [])]
+    for entry in prediction.get("entries", []):
         lines.append(f"  {entry['probability']:.3f}  {entry['label']}")
         if "answer" in entry:
             lines.append(f"         {entry['answer']}")
-    lines += [f"  ({item['note']})"] if "note" in item else []
+    lines += [f"  ({prediction['note']})"] if "note" in prediction else []
     return "\n".join(lines)

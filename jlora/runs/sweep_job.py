@@ -1,4 +1,4 @@
-"""`jlora sweep`: a training job at many ranks at once, and a page that says which of them will do.
+"""A training job at many ranks at once, and a page that recommends one of them.
 
 ::
 
@@ -8,7 +8,6 @@
     members/<member>/     each a run's folder with its best adapter, for `jlora predict` and its like
 """
 
-import contextlib
 import itertools
 import json
 import math
@@ -17,25 +16,23 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jlora.cli.streams import Terminal
-from jlora.data.batches import Row, check_targets
+from jlora.data.batches import Row, Rows, check_targets
 from jlora.data.readers import Corpus
 from jlora.errors import JloraFileExistsError, JloraValueError, nearest
 from jlora.hf.load import LoadedModel, shapes
 from jlora.runs import folder as runs
-from jlora.runs.config import Config, Range
+from jlora.runs.config import Config
 from jlora.runs.engine import Job, check_training, make_optimizer, prepare
+from jlora.runs.job_data import make_split_rows, read_splits
 from jlora.runs.sweep import Judged, Member, Progressed, SweepResult
 from jlora.runs.sweep import sweep as search
 from jlora.runs.sweep_report import PAGE, PICTURE, write_report
-from jlora.runs.train import peak_memory, print_format, print_truncation, read, read_as, rows_of
+from jlora.runs.train import measure_peak_memory
 from jlora.tasks.tasks import TASKS, Task
 from jlora.tree.layouts import max_rank
 from jlora.tree.paths import Tree, TreePath, flatten
@@ -45,65 +42,92 @@ from jlora.tree.wrapping import read_layouts
 
 MEMBERS, NUMBERS = "members", "sweep.json"
 FILES = (MEMBERS, NUMBERS, PAGE, PICTURE)
-FALLS = ("loss", "perplexity")  # metrics of which less is better
-SHARES = ("accuracy",)  # metrics that are a share of validation rows
+FALLS = ("loss", "perplexity")  # metrics that are better when smaller
+FRACTIONS = ("accuracy",)  # metrics that are a fraction of the validation rows
 
 
-def sweep(
+class SweepSetup(NamedTuple):
+    """Event: model and data of a sweep are loaded, and nothing is written yet.
+
+    Attributes:
+        config: the job.
+        loaded: the base.
+        corpus: the records of each split.
+        rows: the rows of each split.
+        metric: the metric that decides.
+    """
+
+    config: Config
+    loaded: LoadedModel
+    corpus: Corpus
+    rows: Mapping[str, Rows]
+    metric: str
+
+
+SweepEvent = SweepSetup | Judged | Progressed
+
+
+def ignore_event(event: SweepEvent) -> None:
+    """Reports nothing."""
+
+
+def run_sweep(
     config: Config,
     out: Path,
     *,
-    ranks: str,
-    learning_rates: str | None,
-    seeds: str | None,
-    metric: str | None,
-    tolerance: float | None,
-    memory: str | None,
-    at_once: int | None,
-    overwrite: bool,
+    ranks: Sequence[int],
+    learning_rates: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    metric: str | None = None,
+    tolerance: float | None = None,
+    memory: str | None = None,
+    at_once: int | None = None,
+    overwrite: bool = False,
+    report: Callable[[SweepEvent], None] = ignore_event,
 ) -> SweepResult:
-    """Trains a job's grid, writes the evidence and prints what it says.
+    """Trains a job at every rank, learning rate and seed of a grid, and writes the report and the adapters.
 
     Args:
-        config: the job; its rank, learning rate and seed are what the grid does not give.
-        out: folder to write.
-        ranks: to try, with commas between them.
-        learning_rates: to try; None for the job's own.
-        seeds: to try each of them with; None for the job's own.
-        metric: what decides; None for the task's own.
+        config: the job; the grid replaces its rank, learning rate and seed.
+        out: the folder to write.
+        ranks: the ranks to try.
+        learning_rates: the learning rates to try; None for the job's own.
+        seeds: the seeds to train each of them with; None for the job's own.
+        metric: the metric that decides; None for the task's own.
         tolerance: how much worse than the best a smaller rank may be; None for one standard error.
-        memory: what there is, as "24GB"; None for what the device has.
-        at_once: members computed side by side; None for what suits the device.
-        overwrite: replace an earlier sweep that is in `out`.
+        memory: available memory, as "24GB"; None for that of the device.
+        at_once: number of members computed side by side; None for what suits the device.
+        overwrite: replace an earlier sweep in `out`.
+        report: called with each event.
 
     Raises:
-        ValueError: a grid, a metric, data or a model that can't be used, or no memory for one member; nothing has been
+        ValueError: a metric, data or a model that can't be used, or too little memory for one member; nothing is
             written then.
         OSError: a file is missing, or `out` holds something else.
     """
-    console = Terminal()
+    options = config.optimisation
     grid = {
-        "ranks": numbers("ranks", ranks, int, config.adapter.rank, Range(1)),
-        "learning_rates": numbers("lr", learning_rates, float, config.optimisation.learning_rate, Range(0, above=True)),
-        "seeds": numbers("seeds", seeds, int, config.optimisation.seed, Range(0, 2**32 - 1)),
+        "ranks": ranks,
+        "learning_rates": [options.learning_rate] if learning_rates is None else learning_rates,
+        "seeds": [options.seed] if seeds is None else seeds,
     }
     check_training(config)
     metric = check_metric(config, metric)
     check_folder(config, out, overwrite)
     with runs.FolderLock("sweep", out) as lock:
-        return sweep_locked(config, lock, grid, metric, tolerance, memory, at_once, overwrite, console)
+        return sweep_locked(config, lock, grid, metric, tolerance, memory, at_once, overwrite, report)
 
 
 def sweep_locked(
     config: Config,
     lock: runs.FolderLock,
-    grid: Mapping[str, list[Any]],
+    grid: Mapping[str, Sequence[Any]],
     metric: str,
     tolerance: float | None,
     memory: str | None,
     at_once: int | None,
     overwrite: bool,
-    console: Console,
+    report: Callable[[SweepEvent], None],
 ) -> SweepResult:
     """Trains a job's grid in a folder that no other process writes to."""
     out = lock.folder
@@ -114,87 +138,57 @@ def sweep_locked(
         check_folder(config, out, overwrite)
         clear(out)
 
-    corpus = read(config)
+    corpus = read_splits(config)
     loaded = runs.load_base(config, corpus.labels)
-    print_format(console, config, loaded)
     task = runs.make_task(config, loaded, corpus.labels)
-    console.print(read_as(corpus), highlight=False, markup=False, soft_wrap=True)
-    splits = {name: rows_of(config, loaded.tokenizer, corpus, name) for name in ("train", "validation")}
-    print_truncation(console, config.data, splits)
-    rows = {name: found.rows for name, found in splits.items()}
+    splits = {name: make_split_rows(config, loaded.tokenizer, corpus, name) for name in ("train", "validation")}
+    report(SweepSetup(config, loaded, corpus, splits, metric))
+    rows = {name: split.rows for name, split in splits.items()}
     check_targets("sweep", rows, config.data.max_length)
     task.check_vocabulary("sweep", rows)
     jobs = {seed: job_of(config, task, rows, seed) for seed in grid["seeds"]}
-    # Seeds change the order of the batches, and nothing of their number and shapes.
+    # Seeds change the order of the batches, but not their number and shapes.
     first = next(iter(jobs.values()))
     steps, per_epoch = first.steps, len(first.batches)
     members = Members(config, out, begin, corpus, task, limits(config, loaded))
-    streams = lockstep(jobs)
-    with progress(console, metric) as show:
 
-        def tell(event: Judged | Progressed) -> None:
-            show(event)
-            if isinstance(event, Judged) and event.best:
-                members.save(event)
+    def handle(event: Judged | Progressed) -> None:
+        report(event)
+        if isinstance(event, Judged) and event.best:
+            members.save(event)
 
-        result = search(
-            task.loss_fn(config.adapter.dropout),
-            members.start,
-            streams,
-            lambda params: scores(task, params, rows["validation"]),
-            steps=steps,
-            metric=metric,
-            maximize=metric not in FALLS,
-            **grid,
-            optimizer=members.optimizer(steps),
-            key=lambda seed: jax.random.fold_in(jax.random.key(seed), 2),
-            train=task.trained,
-            accumulate=config.optimisation.accumulate,
-            clip=config.optimisation.clip,
-            evaluate_every=config.run.evaluate_every or per_epoch,
-            fetch_every=config.output.log_every,
-            patience=config.run.patience,
-            max_skipped=config.optimisation.max_skipped,
-            tolerance=tolerance,
-            noise=spread(metric, len(rows["validation"])),
-            at_once=at_once,
-            memory=memory,
-            example=prepare(first.largest).batch,
-            tell=tell,
-        )
-    found = result.as_dict() | {"peak_memory_bytes": peak_memory(), "capped": members.capped(grid["ranks"])}
-    runs.write_whole(out / NUMBERS, json.dumps(found, indent=1) + "\n")
-    write_report(out, found, title=f"{config.model.name}: {config.data.task}")
-    console.print(str(result), highlight=False, markup=False, soft_wrap=True)
-    chosen = out / MEMBERS / name_of(result.chosen.member)
-    console.print(f"Written to {out / PAGE}; the adapter: {chosen}", highlight=False, markup=False, soft_wrap=True)
+    result = search(
+        task.loss_fn(config.adapter.dropout),
+        members.start,
+        lockstep(jobs),
+        lambda params: scores(task, params, rows["validation"]),
+        steps=steps,
+        metric=metric,
+        maximize=metric not in FALLS,
+        ranks=grid["ranks"],
+        learning_rates=grid["learning_rates"],
+        seeds=grid["seeds"],
+        optimizer=members.optimizer(steps),
+        key=lambda seed: jax.random.fold_in(jax.random.key(seed), 2),
+        train=task.trained,
+        accumulate=config.optimisation.accumulate,
+        clip=config.optimisation.clip,
+        evaluate_every=config.run.evaluate_every or per_epoch,
+        fetch_every=config.output.log_every,
+        patience=config.run.patience,
+        max_skipped=config.optimisation.max_skipped,
+        tolerance=tolerance,
+        noise=spread(metric, len(rows["validation"])),
+        at_once=at_once,
+        memory=memory,
+        example=prepare(first.largest).batch,
+        tell=handle,
+    )
+    capped = members.capped(grid["ranks"])
+    values = result.as_dict() | {"peak_memory_bytes": measure_peak_memory(), "capped": capped}
+    runs.write_whole(out / NUMBERS, json.dumps(values, indent=1) + "\n")
+    write_report(out, values, title=f"{config.model.name}: {config.data.task}")
     return result
-
-
-def numbers(name: str, text: str | None, kind: Callable[[str], Any], own: Any, limits: Range) -> list[Any]:
-    """The numbers of a flag, or the job's own.
-
-    Raises:
-        ValueError: some are not numbers, or out of range; they are listed.
-    """
-    if text is None:
-        return [own]
-    found, wrong = [], []
-    for part in text.split(","):
-        try:
-            value = kind(part.strip())
-        except ValueError:
-            wrong.append(repr(part.strip()))
-            continue
-        if math.isfinite(value) and value in limits:
-            found.append(value)
-        else:
-            wrong.append(f"{part.strip()!r}  expected: {limits}")
-    if wrong:
-        what = "whole numbers" if kind is int else "numbers"
-        fix = f"give {what} with commas between them, as in --{name} {'4,8,16' if kind is int else '1e-3,2e-3'}."
-        raise JloraValueError("sweep", f"--{name} {text!r} holds what are no {what}.", wrong, fix)
-    return found
 
 
 def check_metric(config: Config, metric: str | None) -> str:
@@ -291,10 +285,10 @@ def scores(task: Task, params: Tree, rows: Sequence[Row]) -> dict[str, float]:
 
 
 def spread(metric: str, rows: int) -> Callable[[float], float] | None:
-    """The standard error of a share measured on so many rows, sqrt(p (1 - p) / n); None for other metrics."""
-    if metric not in SHARES:
+    """The standard error of a fraction p of n rows, sqrt(p (1 - p) / n); None for other metrics."""
+    if metric not in FRACTIONS:
         return None
-    return lambda share: math.sqrt(share * (1 - share) / rows)
+    return lambda fraction: math.sqrt(fraction * (1 - fraction) / rows)
 
 
 def limits(config: Config, loaded: LoadedModel) -> dict[TreePath, int]:
@@ -376,44 +370,3 @@ def clear(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def progress(console: Console, metric: str) -> Iterator[Callable[[Judged | Progressed], None]]:
-    """Shows how a sweep goes on: a bar on a terminal, a line an evaluation elsewhere."""
-    best: dict[int, float] = {}
-    better = min if metric in FALLS else max
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("sweep", total=None, state="")
-
-    def show(event: Judged | Progressed) -> None:
-        if isinstance(event, Judged):
-            value = event.metrics[metric]
-            if event.best and not math.isnan(value):
-                best[event.member.rank] = better(value, best.get(event.member.rank, value))
-            if not console.is_terminal:
-                mark = "  best" if event.best else ""
-                line = f"step {event.step}  {event.member}  validation {metric} {value:.4f}{mark}"
-                console.print(line, highlight=False, soft_wrap=True)
-            return
-        number, groups = event.group
-        name = "sweep" if groups == 1 else f"group {number} of {groups}"
-        leader = f"  best {metric} {', '.join(f'{rank}: {value:.3f}' for rank, value in best.items())}" if best else ""
-        bar.update(
-            task,
-            description=name,
-            completed=event.step,
-            total=event.steps,
-            state=f"{len(event.losses)} members{leader}",
-        )
-
-    with bar:
-        yield show

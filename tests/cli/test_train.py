@@ -21,9 +21,9 @@ from tiny_job import change, lines
 from transformers import AutoTokenizer
 
 from jlora.cli.main import main
-from jlora.cli.predict import prompt_of, question_of
 from jlora.runs import config
 from jlora.runs import folder as runs
+from jlora.runs.predict import prompt_of, question_of
 from jlora.training.checkpoint import restore_adapter
 
 QUESTION = "problem with my courier"
@@ -626,7 +626,7 @@ def test_exit_codes_tell_a_fault_and_a_stop_from_a_mistake(job, capsys, monkeypa
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("jlora.runs.predict.load_run", fail)
+        monkeypatch.setattr("jlora.cli.predict.load_run", fail)
         assert main(["predict", str(job[1]), QUESTION]) == code
         assert words in capsys.readouterr().err
 

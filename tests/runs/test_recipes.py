@@ -14,28 +14,28 @@ import numpy as np
 import pytest
 import tiny_job
 
-from jlora.cli.show import hints, model_card
+from jlora.cli.show import describe_curves
 from jlora.data.batches import make_rows, pad
 from jlora.data.tags import entities
 from jlora.runs import config as configs
 from jlora.runs import folder as runs
+from jlora.runs.card import model_card
 from jlora.runs.config import Optimisation
 from jlora.runs.engine import (
-    Compiled,
     Evaluation,
     History,
+    Interrupted,
     Job,
-    Resumed,
     Snapshot,
     Step,
-    Stopped,
+    StepMemory,
     fit,
     make_optimizer,
     prepare,
     schedule,
 )
 from jlora.runs.inspection import load_adapted
-from jlora.runs.train import read, rows_of, truncation_notes
+from jlora.runs.job_data import describe_truncation, make_split_rows, read_splits
 from jlora.tasks.tasks import TASKS, log_softmax
 from jlora.training.checkpoint import describe_model, write_digests
 from jlora.tree.paths import flatten
@@ -74,10 +74,10 @@ def jobs(files):
 
 
 def make(config):
-    corpus = read(config)
+    corpus = read_splits(config)
     loaded = runs.load_base(config, corpus.labels)
     task = runs.make_task(config, loaded, corpus.labels)
-    rows = {name: rows_of(config, loaded.tokenizer, corpus, name).rows for name in corpus.splits}
+    rows = {name: make_split_rows(config, loaded.tokenizer, corpus, name).rows for name in corpus.splits}
     params = with_b(runs.wrap_base(config, loaded))
     return Job(config=config, task=task, params=params, rows=rows["train"], validation=rows["validation"])
 
@@ -190,18 +190,18 @@ def test_an_evaluations_loss_weighs_every_token_alike(jobs):
 def test_class_weights_are_those_of_torchs_cross_entropy(jobs, files):
     torch = pytest.importorskip("torch", reason="torch is the oracle")
     config = settings(configs.read(files["sequence_classification"]), optimisation={"class_weights": "balanced"})
-    corpus = read(config)
+    corpus = read_splits(config)
     # One class is rare: the weights differ, and a batch of the common one alone weighs less than a row.
     rare = corpus.labels[0]
     few = [record for record in corpus.splits["train"] if record.label != rare]
     few += [record for record in corpus.splits["train"] if record.label == rare][:3]
     corpus = corpus._replace(splits=corpus.splits | {"train": few})
     job = jobs["sequence_classification"]
-    rows = rows_of(config, job.task.loaded.tokenizer, corpus, "train").rows
+    rows = make_split_rows(config, job.task.loaded.tokenizer, corpus, "train").rows
     sizes = np.array([sum(record.label == label for record in few) for label in corpus.labels])
     weights = len(few) / (len(sizes) * sizes)
     assert all(row.weights == np.float32(weights[row.targets]) for row in rows)
-    plain = rows_of(config, job.task.loaded.tokenizer, corpus, "validation").rows
+    plain = make_split_rows(config, job.task.loaded.tokenizer, corpus, "validation").rows
     assert {float(row.weights) for row in plain} == {1.0}
     loss = jax.jit(job.task.loss_fn(0.0))
     for chosen in (rows[:1], rows[-5:], rows[:8]):
@@ -219,12 +219,12 @@ def test_class_weights_are_those_of_torchs_cross_entropy(jobs, files):
 
 def test_entities_beyond_max_length_count_as_missed(jobs, files):
     job = jobs["token_classification"]
-    records = [record for record in read(job.config).splits["validation"] if len(record.tokens) > 3]
+    records = [record for record in read_splits(job.config).splits["validation"] if len(record.tokens) > 3]
     labels, tokenizer = job.task.labels, job.task.loaded.tokenizer
     whole = make_rows(tokenizer, records, max_length=32, labels=labels)
     cut = make_rows(tokenizer, records, max_length=5, labels=labels)
     assert whole.dropped == 0 < cut.dropped and cut.cut == sum(len(record.tokens) - 3 for record in records)
-    assert truncation_notes(settings(job.config, data={"max_length": 5}).data, "validation", cut) == [
+    assert describe_truncation(settings(job.config, data={"max_length": 5}).data, "validation", cut) == [
         f"validation: {cut.cut} words are cut off at max_length = 5 tokens: raise data.max_length.",
         f"validation: {cut.dropped} entities count as missed, beyond max_length = 5 tokens: raise data.max_length.",
     ]
@@ -247,8 +247,9 @@ def test_log_softmax_holds_for_logits_that_would_overflow():
 def test_fit_tells_of_every_step_and_the_best_evaluation_is_the_one_validation_says(jobs, tmp_path):
     job = jobs["sequence_classification"]
     job = dataclasses.replace(job, params=runs.wrap_base(job.config, job.task.loaded))
-    compiled, *events = fit(job, tmp_path)
-    assert isinstance(compiled, Compiled) and compiled.held > 4 * summary(job.params).total and compiled.temporary > 0
+    memory, *events = fit(job, tmp_path)
+    assert isinstance(memory, StepMemory) and memory.temporary_bytes > 0
+    assert memory.argument_bytes > 4 * summary(job.params).total
     steps = [event for event in events if isinstance(event, Step)]
     found = [event for event in events if isinstance(event, Evaluation)]
     assert [event.epoch for event in found] == [1, 2, 3, 4, 5]
@@ -296,7 +297,7 @@ def test_steps_and_the_times_of_evaluations_are_as_told(jobs, tmp_path):
     job = dataclasses.replace(job, config=still)
     assert [event.step for event in fit(job, tmp_path / "two") if isinstance(event, Evaluation)] == [1, 2, 3]
     again = list(fit(job, tmp_path / "two"))
-    assert isinstance(again[-1], Resumed) and again[-1].step == 3
+    assert isinstance(again[-1], Resumption) and again[-1].step == 3
 
 
 def test_without_validation_the_last_steps_adapter_is_kept_and_the_steps_are_the_same(jobs, tmp_path):
@@ -305,11 +306,11 @@ def test_without_validation_the_last_steps_adapter_is_kept_and_the_steps_are_the
     *_, evaluated = fit(job, tmp_path / "with")
     without = dataclasses.replace(job, validation=None)
     signals = iter([0] * 9 + [15])
-    with pytest.raises(Stopped):
+    with pytest.raises(Interrupted):
         list(fit(without, tmp_path / "without", should_stop=lambda: next(signals)))
     events = list(fit(without, tmp_path / "without"))
     snapshots = [event for event in events if isinstance(event, Snapshot)]
-    assert isinstance(events[1], Resumed) and [snapshot.step for snapshot in snapshots] == [12]
+    assert isinstance(events[1], Resumption) and [snapshot.step for snapshot in snapshots] == [12]
     assert not any(isinstance(event, Evaluation) for event in events)
     last = flatten(snapshots[-1].params)
     assert all(np.array_equal(last[path], leaf) for path, leaf in flatten(evaluated.params).items())
@@ -329,7 +330,7 @@ def test_a_run_never_resumes_with_other_data_in_either_split(jobs, tmp_path):
         with pytest.raises(ValueError, match=f"the {names} data are not those the run was begun with") as caught:
             list(fit(other, tmp_path))
         assert "another version of jlora drew the validation split" in str(caught.value)
-    assert [type(event) for event in fit(job, tmp_path)] == [Compiled, Resumed]
+    assert [type(event) for event in fit(job, tmp_path)] == [StepMemory, Resumption]
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +356,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_run_ends_in_the_same_bi
     (data,) = (tmp_path / "run" / "checkpoints" / "6" / "state" / "d").iterdir()
     flip(data, data.stat().st_size // 2)
     resumed, *events = list(fit(job, tmp_path / "run"))[1:]
-    assert isinstance(resumed, Resumed) and resumed.step == 4
+    assert isinstance(resumed, Resumption) and resumed.step == 4
     (damage,) = resumed.damaged
     assert damage == f"step 6: 1 file damaged or missing: state/d/{data.name}"
     assert events[-1].step == 6
@@ -671,7 +672,7 @@ def test_hints_say_what_the_curves_show(jobs, curve, rank, expected):
     steps = [Step(n, 8, 1, 1, 1, loss, 1e-3, 1.0, 0) for n, loss in enumerate(CURVES[curve].training, 1)]
     found = [Evaluation(n, n, loss, {}, n == 1, None) for n, loss in enumerate(CURVES[curve].validation, 1)]
     config = settings(jobs["sequence_classification"].config, adapter={"rank": rank})
-    said = hints([*steps, *found], config)
+    said = describe_curves([*steps, *found], config)
     assert len(said) == (expected is not None)
     assert all(hint.startswith(expected) for hint in said)
 

@@ -33,7 +33,7 @@ FLAGS = ("--run.save-every", "2", "--run.evaluate-every", "24", "--output.log-ev
 NURSERY = """
 import json, os, sys
 import grain, orbax.checkpoint, transformers
-import jlora.runs.train
+import jlora.cli.train
 from jlora.cli.main import main
 for line in sys.stdin:
     read, write = os.pipe()

@@ -14,11 +14,12 @@ import tiny_job
 from rich.console import Console
 
 from jlora.cli.main import main
+from jlora.cli.sweep import progress
 from jlora.runs import folder as runs
 from jlora.runs.curves import rising
 from jlora.runs.recommend import Trial, recommend
 from jlora.runs.sweep import Judged, Member, Progressed
-from jlora.runs.sweep_job import name_of, progress
+from jlora.runs.sweep_job import name_of
 from jlora.runs.sweep_report import page
 from jlora.tree.paths import flatten
 
