@@ -470,11 +470,11 @@ def on_every(tree: Tree, where: NamedSharding) -> Tree:
 
 
 def load_run(folder: str | Path, *, model: str | None = None, mesh: Mesh | None = None) -> Run:
-    """Loads a base model afresh and puts a run's adapter and head on it.
+    """Loads a run: its base model with its adapter and head.
 
     Args:
         folder: what a training run wrote.
-        model: where the base is now, if not where it was.
+        model: folder or hub name of the base, if it was moved.
         mesh: the devices; None for one.
 
     Raises:

@@ -199,8 +199,8 @@ def train(config: Config, *, report: Reporter = log_event) -> TrainingResult:
         OSError: a file is missing, or the output folder holds another run or can't be written to.
         Interrupted: a signal stopped the run; call `train` again with the same config to resume.
 
-    Example::
-
+    Example:
+        ```python
         import jlora
         from jlora.runs.config import Adapter, Config, Data, Model, Optimisation, Output
         from jlora.runs.predict import predict
@@ -218,6 +218,7 @@ def train(config: Config, *, report: Reporter = log_event) -> TrainingResult:
         run = jlora.load_run("run")
         for prediction in predict(run, ["where is my parcel"]):
             print(prediction["entries"][0]["label"])
+        ```
     """
     start = time.perf_counter()
     config = configs.check(config, source="the config")

@@ -26,6 +26,7 @@ from jlora.runs.engine import (
     History,
     Interrupted,
     Job,
+    Resumption,
     Snapshot,
     Step,
     StepMemory,

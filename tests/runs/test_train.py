@@ -47,7 +47,7 @@ def test_the_documented_example_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     example = inspect.getdoc(jlora.train)
     assert example is not None
-    exec(textwrap.dedent(example.split("Example::")[1]), {})
+    exec(textwrap.dedent(example.split("```python\n")[1].split("```")[0]), {})
     accuracy, label = capsys.readouterr().out.splitlines()
     result = json.loads((folder / "run" / "result.json").read_text())
     assert float(accuracy) == result["after"]["accuracy"]
