@@ -411,10 +411,10 @@ def test_python_m_jlora_runs_both_commands(fresh):
     assert json.loads(answered.stdout)["question"] == QUESTION
 
 
-def test_the_console_script_is_this_main():
+def test_the_console_script_is_the_main_of_python_m():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     module, _, name = project["project"]["scripts"]["jlora"].partition(":")
-    assert getattr(importlib.import_module(module), name) is main
+    assert getattr(importlib.import_module(module), name) is importlib.import_module("jlora.__main__").main
 
 
 def mistake(capsys, *args: str) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import tiny_job
-from tiny_job import quick  # noqa: F401
 
 import jlora
 from jlora.cli.main import main
@@ -20,6 +19,7 @@ from jlora.runs.engine import Evaluation, Step, StepMemory
 from jlora.runs.predict import predict
 from jlora.runs.train import BestAdapter, TrainingEnd, TrainingSetup
 
+quick = tiny_job.quick
 RUNS = Path(jlora.__file__).parent / "runs"
 
 
