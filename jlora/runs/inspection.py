@@ -407,6 +407,8 @@ def describe_peft(folder: Path, spectrum: bool) -> Description:
     config, tensors = peft.read_config(folder), peft.read_tensors(folder)
     pairs, plain, tokens, offenders = peft.sort_tensors(Table({}, {}, {}, frozenset(), str, False, []), tensors)
     alphas, whole = PatternMatcher("alpha_pattern"), plain | tokens
+    if classifier := sentence_transformers.read_classifier(folder):
+        whole |= {"classifier.weight": classifier.kernel.T, "classifier.bias": classifier.bias}
     for module, pair in pairs.items():
         shapes_ab = [pair.factors[name].shape for name in sorted(pair.factors)]
         if len(shapes_ab) != 2:

@@ -142,12 +142,19 @@ def test_an_exported_run_has_its_logits_in_peft_and_comes_back(trained, model, l
     np.testing.assert_allclose(run_torch(body, tmp_path / "merged"), logits, atol=2e-5)
 
 
-def test_inspect_takes_the_run_with_its_base(trained, model, capsys):
+def test_inspect_takes_the_run_with_its_base(trained, model, tmp_path, capsys):
     capsys.readouterr()
     assert main(["inspect", str(trained), "--model", str(model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {leaf["path"] for leaf in found["whole"]} == {"classifier/kernel", "classifier/bias"}
     assert all(target["ratio"] > 0 for target in found["targets"])
+    # The exported folder holds the same parameters, its classifier in a file of sentence-transformers.
+    assert main(["export", str(trained), "--out", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--json"]) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert {leaf["path"] for leaf in exported["whole"]} == {"classifier.weight", "classifier.bias"}
+    assert exported["parameters"] == found["parameters"]
 
 
 def test_the_pooler_is_pefts_own_form_and_is_named_where_another_has_none(trained, model, tmp_path, capsys):
