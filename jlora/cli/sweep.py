@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jlora.cli.streams import Terminal
 from jlora.cli.train import print_format, print_truncation
-from jlora.errors import JloraValueError
+from jlora.errors import JloraValueError, count
 from jlora.runs.config import Config, Range
 from jlora.runs.job_data import describe_formats
 from jlora.runs.sweep import Judged, Progressed, SweepResult
@@ -113,20 +113,22 @@ def numbers(name: str, text: str | None, kind: Callable[[str], Any], own: Any, l
     if text is None:
         return [own]
     found, wrong = [], []
+    expected = "a whole number" if kind is int else "a number"
     for part in text.split(","):
         try:
             value = kind(part.strip())
         except ValueError:
-            wrong.append(repr(part.strip()))
+            wrong.append(f"{part.strip()!r}  expected: {expected}")
             continue
         if math.isfinite(value) and value in limits:
             found.append(value)
         else:
-            wrong.append(f"{part.strip()!r}  expected: {limits}")
+            wrong.append(f"{part.strip()!r}  expected: {expected} {limits}")
     if wrong:
         what = "whole numbers" if kind is int else "numbers"
         fix = f"give {what} with commas between them, as in --{name} {'4,8,16' if kind is int else '1e-3,2e-3'}."
-        raise JloraValueError("sweep", f"--{name} {text!r} holds what are no {what}.", wrong, fix)
+        problem = f"--{name} {text!r} has {count(len(wrong), 'value')} that can't be used."
+        raise JloraValueError("sweep", problem, wrong, fix)
     return found
 
 

@@ -199,8 +199,11 @@ def test_what_a_page_is_given_can_not_end_its_script(swept):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--ranks", "4,x,"), r"--ranks '4,x,' holds what are no whole numbers.\n  'x'\n  ''\nFix: .*--ranks 4,8,16"),
-        (("--ranks", "0,4"), r"--ranks '0,4' .*\n  '0'  expected: from 1\nFix:"),
+        (
+            ("--ranks", "4,x,"),
+            r"--ranks '4,x,' has 2 values that can't be used.\n  'x'  expected: a whole number\n  ''  .*\nFix: .*4,8,16",
+        ),
+        (("--ranks", "0,4"), r"--ranks '0,4' has 1 value .*\n  '0'  expected: a whole number from 1\nFix:"),
         (("--metric", "f1"), r"no such metric.\n  'f1'  there are: loss, accuracy"),
         (("--memory", "20kB", "--ranks", "4"), r"a step of one member takes(.|\n)*Fix:"),
         (("--run.mesh", "data=1"), r"a sweep runs on one device"),
