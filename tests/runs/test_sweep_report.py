@@ -201,7 +201,7 @@ def test_what_a_page_is_given_can_not_end_its_script(swept):
     [
         (
             ("--ranks", "4,x,"),
-            r"--ranks '4,x,' has 2 values that can't be used.\n  'x'  expected: a whole number\n  ''  .*\nFix: .*4,8,16",
+            r"--ranks '4,x,' has 2 values .*\n  'x'  expected: a whole number\n  ''  .*\nFix: .*4,8,16",
         ),
         (("--ranks", "0,4"), r"--ranks '0,4' has 1 value .*\n  '0'  expected: a whole number from 1\nFix:"),
         (("--metric", "f1"), r"no such metric.\n  'f1'  there are: loss, accuracy"),
