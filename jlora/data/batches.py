@@ -76,7 +76,7 @@ def make_rows(tokenizer: Any, records: Sequence[Record], *, max_length: int, lab
       `max_length` follow each other; a token's target is the next one of the text, in the next window if need be.
     - A chat is written by the tokenizer's template, which gets its tools and the calls of them, and the tokens of its
       answers weigh 1, but those of messages of weight 0. Where a template writes an answer otherwise once the chat
-      goes on (without its thoughts, say), the answer gets a row of its own, as it was last. Without a template it is a
+      goes on (without its thoughts, say), the answer gets a separate row, as it was last. Without a template it is a
       question, a line break, its answer and the end-of-sequence token. No token reaches from a prompt into its answer:
       a prompt's tokens are those that generation begins with.
 
@@ -348,7 +348,7 @@ def _continue(tokenizer: Any, text: str) -> list[int]:
     A prompt that ends in a space is such a case: one token may hold the space and the answer's first letters. What is
     generated follows the prompt's tokens, so an answer is trained as it follows them.
     """
-    # Behind a line break a tokenizer adds no space of its own, as some do at the beginning of a text.
+    # Behind a line break a tokenizer adds no space, as some do at the beginning of a text.
     before, both = tokenizer(["\n", "\n" + text], add_special_tokens=False, verbose=False)["input_ids"]
     if before and both[: len(before)] == before:
         return both[len(before) :]
@@ -356,7 +356,7 @@ def _continue(tokenizer: Any, text: str) -> list[int]:
 
 
 def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Puts rows of texts or chats together into few of at most `max_length` tokens, each a segment of its own.
+    """Puts rows of texts or chats together into few of at most `max_length` tokens, each as a separate segment.
 
     The longest first, each goes where it leaves the least room (best-fit decreasing).
     """
@@ -436,7 +436,7 @@ def pad(rows: Sequence[Row], *, size: int, length: int, pad_id: int) -> Batch:
 def training_batches(
     rows: Sequence[Row], *, batch_size: int, max_length: int, pad_id: int, seed: int
 ) -> grain.MapDataset[Batch]:
-    """One epoch; `.repeat(n)` gives n of them, each in an order of its own that the seed fixes.
+    """One epoch; `.repeat(n)` gives n of them, each in a different order that the seed fixes.
 
     Rows of one padded length are shuffled and batched, then the batches of all lengths are shuffled. Any batch can be
     asked for by its place, so `iter(epoch.repeat(n).to_iter_dataset())` has a state (`get_state`, `set_state`) that

@@ -468,7 +468,7 @@ def _suffix(path: Path) -> str:
 
 
 def _is_readable(path: Path, suffixes: Sequence[str]) -> bool:
-    # Parquet has a compression of its own, and needs to seek.
+    # Parquet compresses its data itself, and needs to seek.
     compressed = path.suffix.lower() == GZIP
     return _suffix(path) in suffixes and not (compressed and _suffix(path) == ".parquet")
 

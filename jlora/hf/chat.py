@@ -81,7 +81,7 @@ class TemplateRenderer:
         return process.stdout.readline()
 
     def start(self) -> None:
-        """Starts the process; a session of its own keeps Ctrl-C from it."""
+        """Starts the process; a separate session keeps Ctrl-C from it."""
         self.process = subprocess.Popen(
             # Its own folder must not be searched for modules: files there are named as jlora names them.
             [sys.executable, "-P", str(WORKER)],

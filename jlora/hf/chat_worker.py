@@ -1,4 +1,4 @@
-"""Renders chat templates for `jlora.hf.chat`: a script that runs in a separate process with limits of its own.
+"""Renders chat templates for `jlora.hf.chat`: a script that runs in a separate process with separate limits.
 
 A template is a program from outside. The sandbox of jinja2 stops it from reaching Python, but not from looping for
 ever or filling the memory: nested loops, repeated strings and nested lists do both inside single calls. The operating

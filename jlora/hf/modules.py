@@ -91,7 +91,7 @@ class Table:
     Args:
         slots: by the leaf's path.
         copies: tensors of torch that repeat a leaf's, with the name of the one they repeat: tied heads.
-        untied: the same for a head that the base's config ties, but that has leaves of its own here.
+        untied: the same for a head that the base's config ties, but that has separate leaves here.
         unread: tensors that stand beside an untied head in torch, and that no output reads.
         spell: turns an older name of a tensor, or one of the model without its head, into the table's.
         complete: whether these are all modules that torch's model has.

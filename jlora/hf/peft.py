@@ -930,7 +930,7 @@ def follow_ties(
 ) -> list[str]:
     """Makes the tensors of tied heads those that PEFT would have.
 
-    A head that is tied in the model is taken out of `adapters` and `plain`. One with leaves of its own gets what its
+    A head that is tied in the model is taken out of `adapters` and `plain`. One with separate leaves gets what its
     table has, where PEFT ties the two and the file lacks the head's tensors.
 
     Returns:

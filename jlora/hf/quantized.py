@@ -12,7 +12,7 @@ PARTS = re.compile(
     r"|weight_zero_point|input_scale|(weight\.)?(absmax|quant_map|nested_\w+|quant_state\.\w+|_data|_scale|SCB))"
 )
 DTYPES = ("I8", "U8", "I32", "F8_E4M3", "F8_E5M2", "F4")
-# Where the tools write what they did: in config.json, or in a file of their own.
+# Where the tools write what they did: in config.json, or in a separate file.
 FILES = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 GUESSES = (
     ("quant_state.bitsandbytes", "bitsandbytes"),

@@ -31,7 +31,7 @@ def read_tokenizer(folder: Path, config: Any) -> Any:
     """Transformers' tokenizer of the folder, None where there is none.
 
     Args:
-        folder: of a model, or of an adapter with a tokenizer of its own.
+        folder: of a model, or of an adapter with a separate tokenizer.
         config: transformers' config of the model.
 
     Raises:
@@ -69,7 +69,7 @@ def panics_raised() -> Iterator[None]:
     except Exception:
         raise
     except BaseException as error:
-        # The class can't be imported: each library written in Rust makes one of its own.
+        # The class can't be imported: each library written in Rust defines a separate one.
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"the tokenizers library stopped: {error}") from error

@@ -147,7 +147,7 @@ class Adapter:
         alpha: numerator of the scaling alpha / rank; left out, it is the rank
         targets: a regular expression for the paths of kernels, or a list of names of modules, as PEFT's target_modules;
             left out, all but the head
-        ranks: ranks of their own, by regular expression; the first match wins, what matches none has `rank`
+        ranks: ranks by regular expression of a kernel's path; the first match wins, all others have `rank`
         dropout: share of an adapter's input that is dropped while training
         rslora: scale by alpha / sqrt(rank) instead
         cap_rank: give a kernel without room for its rank the highest rank it can hold, instead of an error

@@ -275,7 +275,7 @@ def schedule(options: Optimisation, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(options: Optimisation, steps: int, adapters: Tree) -> optax.GradientTransformation:
-    """The optimizer of optax that is named, with rates of its own for B and for the head.
+    """The named optimizer of optax, with separate learning rates for B and for the head.
 
     Raises:
         ValueError: optax has none of that name, or it takes no weight decay.

@@ -259,7 +259,7 @@ def sweep(
 ) -> SweepResult:
     """Trains every combination of rank, learning rate and seed, all in one step over one base.
 
-    Each member learns what a run of its own would: the same adapter to begin with, the same batches, key and optimizer.
+    Each member trains as a separate run would: the same initial adapter, the same batches, key and optimizer.
 
     ::
 

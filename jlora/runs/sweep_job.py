@@ -245,7 +245,7 @@ def job_of(config: Config, task: Task, rows: Mapping[str, Sequence[Row]], seed: 
 def lockstep(jobs: Mapping[int, Job]) -> Callable[[int], Iterator[Any]]:
     """The batches of every seed; in each step those of all seeds are filled up to the longest of them.
 
-    That changes nothing of what is learnt, but for dropout: a longer row draws other masks than a run of its own would.
+    The training is the same, except for dropout: a longer row draws other masks than in a separate run.
     """
 
     def all_of() -> Iterator[tuple[Any, ...]]:
@@ -292,7 +292,7 @@ def spread(metric: str, rows: int) -> Callable[[float], float] | None:
 
 
 def limits(config: Config, loaded: LoadedModel) -> dict[TreePath, int]:
-    """The highest rank that every kernel without a rank of its own has room for."""
+    """The highest rank that every kernel without a separate rank has room for."""
     tree = runs.wrap_base(lowest(config), replace(loaded, params=shapes(loaded.model, config.model.dtype)))
     leaves, own = flatten(tree), [make_matcher(pattern) for pattern in config.adapter.ranks]
     return {

@@ -21,7 +21,7 @@ def open_event_files(config: Config) -> Iterator[WriteEvent]:
     if not config.output.tensorboard or jax.process_index() != 0:
         yield lambda event: None
         return
-    # Its SummaryWriter writes in a thread of its own, which a full disk ends without an error.
+    # Its SummaryWriter writes in a separate thread, which a full disk ends without an error.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.summary import scalar
