@@ -175,4 +175,5 @@ def test_the_example_of_the_transforms_readme_runs_and_is_exact():
 
 
 def test_every_rule_states_its_reason_in_one_line():
-    assert [name for name, rule in RULES.items() if not rule.summary.endswith(".")] == []
+    rules = {name: rule for name, rule in RULES.items() if rule.apply.__module__.startswith("jlora.")}
+    assert len(rules) > 20 and [name for name, rule in rules.items() if not rule.summary.endswith(".")] == []
