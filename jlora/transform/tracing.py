@@ -7,11 +7,9 @@ import jax
 import numpy as np
 
 from jlora.errors import JloraTypeError
-from jlora.transform import jaxprs, rules
+from jlora.transform import jaxprs
 from jlora.transform.kernel import AdaptedKernel
 from jlora.transform.registry import Evaluation
-
-__all__ = ["Structure", "evaluate", "is_array", "rules"]
 
 
 class Structure(NamedTuple):

@@ -1,6 +1,8 @@
 """`jlora.register_rule`: a user's own operation takes part in the transform."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -127,6 +129,20 @@ def test_a_users_primitive_gets_a_rule_by_itself_or_by_name():
 
         found = jlora.adapt(lambda p, x: x @ double_p.bind(p["dense"]["kernel"]))(params, X)
         np.testing.assert_allclose(found, 2 * reference(params, X), rtol=1e-4, atol=1e-4)
+
+
+def test_a_users_rule_for_a_primitive_of_jax_wins_whenever_it_is_registered():
+    program = (
+        "import jlora\n"
+        "@jlora.register_rule('neg')\n"
+        "def rule(call, w):\n"
+        "    call.refuse()\n"
+        "import jax.numpy as jnp\n"
+        "params = jlora.wrap({'kernel': jnp.ones((4, 4))}, 2)\n"
+        "jlora.adapt(lambda p, x: x @ -p['kernel'])(params, jnp.ones((1, 4)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "'kernel' in `neg`" in done.stderr
 
 
 def test_dropout_reaches_the_low_rank_term_of_a_rule():
