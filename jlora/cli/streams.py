@@ -5,6 +5,7 @@ import io
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +25,42 @@ class Terminal(Console):
         discard_output()
 
 
+class PythonThreadsOnly:
+    """A stream that drops what threads outside Python's own list write.
+
+    When a checkpoint fails, TensorStore's threads print a traceback ("Event loop is closed") for every write that is
+    still pending. The failure itself is raised in a Python thread, and printed once.
+
+    Args:
+        stream: where all other threads write.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text, or drops it."""
+        own = threading.get_ident()
+        if any(thread.ident == own for thread in threading.enumerate()):
+            return self.stream.write(text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def prepare_streams() -> None:
-    """Writes a character that the locale can't express as its escape, instead of failing."""
+    """Prepares the standard streams of a command.
+
+    A character that the locale can't express is written as its escape, and only Python's threads write errors.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A stream that became a pipe after Python opened it as a file can't be reconfigured; it prints as before.
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")
+    if sys.stderr is not None and not isinstance(sys.stderr, PythonThreadsOnly):
+        sys.stderr = PythonThreadsOnly(sys.stderr)
 
 
 def flush_output() -> None:

@@ -28,8 +28,9 @@ def train(config: Config) -> TrainingResult:
     Raises:
         ValueError, OSError, Interrupted: as `jlora.train` does.
     """
-    # Orbax also logs the errors that it raises, with a traceback; the command prints them in one message.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and asyncio also log the errors that are raised, with tracebacks; the command prints them in one message.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     join_processes()
     # Of several processes, only the first prints.
     with TrainingDisplay(Terminal(quiet=jax.process_index() != 0)) as display:

@@ -1,10 +1,12 @@
 """The commands in real shells: closed pipes, full disks, closed streams, locales without UTF-8."""
 
+import _thread
 import io
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import tiny_job
 import jlora
 from jlora.cli import streams
 from jlora.cli.main import main
-from jlora.cli.streams import Terminal, decode_arguments, describe_error, json_line, read_input
+from jlora.cli.streams import Terminal, decode_arguments, describe_error, json_line, prepare_streams, read_input
 
 ROOT = Path(__file__).parents[2]
 quick = tiny_job.quick
@@ -116,3 +118,24 @@ def test_what_the_system_or_the_locale_refuses_is_one_message_with_a_fix(tmp_pat
         "jlora: the locale's encoding ascii can't express '\\xfc'.\n  '\\xfc'\nFix: set PYTHONUTF8=1"
     )
     assert raised(lambda: b"a\xff".decode()).startswith("jlora: bytes that are not utf-8: b'\\xff'.\nFix: ")
+
+
+def test_only_pythons_threads_write_errors(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    prepare_streams()
+    prepare_streams()
+    ended = threading.Event()
+
+    def write_from_outside() -> None:
+        print("Traceback", file=sys.stderr)
+        ended.set()
+
+    # A thread that the module threading does not know, as those of a library in C++.
+    _thread.start_new_thread(write_from_outside, ())
+    assert ended.wait(60)
+    thread = threading.Thread(target=lambda: print("from a thread", file=sys.stderr))
+    thread.start()
+    thread.join()
+    print("from the main thread", file=sys.stderr)
+    assert stream.getvalue() == "from a thread\nfrom the main thread\n"
