@@ -716,7 +716,7 @@ def save_model(
     table = weights(family, params)
     offenders = unsaveable(folder, model, family, table)
     if offenders:
-        fix = "save what load_model gave, into a folder of its own."
+        fix = "save what load_model gave, into a separate folder."
         raise JloraValueError("save_model", "this can't become a checkpoint.", offenders, fix)
     flat = flatten_dict(params, sep="/")
     with staged(folder) as stage:
