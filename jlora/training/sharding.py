@@ -78,7 +78,7 @@ def _pair_specs(path: TreePath, leaves: Mapping[TreePath, Any], spec: PartitionS
 
 
 def place(tree: Tree, leaf_shardings: Tree) -> Tree:
-    """Puts every leaf on its devices. All processes pass the same tree, and each places the part for the devices it has."""
+    """Puts every leaf on its devices. All processes pass the same tree, and each places the part for its devices."""
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if jax.process_count() == 1:
